@@ -1,0 +1,1 @@
+"""The two ops and their backends."""

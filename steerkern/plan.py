@@ -1,0 +1,154 @@
+"""Plans: which edits, at which layers and site, on which tokens; composed with ``+``, saved and loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from .artifacts import (
+    Fingerprint,
+    check_name,
+    fingerprint_from_json,
+    fingerprint_to_json,
+    read_folder,
+    write_folder,
+)
+from .directions import SITES
+from .edits import Edit
+from .errors import ArtifactError, PlanError
+from .ops.schemas import MAX_ENTRIES
+from .plan_format import step_from_json, step_to_json, take_list
+from .steps import Layers, Scope, Step, describe, parse_layers, parse_scope
+
+
+class Plan:
+    """What a person writes: edits + layers + site + tokens, named.
+
+    Args:
+        edits: one :class:`Edit` or several; they act simultaneously on the row as it arrived.
+        layers: ``"all"``, a layer number, or several. Layers count decoder blocks from 0.
+        site: ``resid_pre`` (input of the block), ``resid_mid`` (after attention) or ``resid_post`` (output).
+        scope: ``"all"``, ``"prompt"``, ``"decode"``, prompt positions such as ``-1`` or ``(-1, -5)``, or :class:`Tokens`.
+        keep_norm: rescale each edited row to the norm with which it arrived.
+        scale: multiplies what every edit adds to the row; 1 is the edit as written.
+
+    Raises:
+        ValueError, TypeError: an argument outside what is allowed.
+        PlanError: a layer without a vector, edits of different widths or models, more than 64 entries on a row.
+
+    >>> import torch
+    >>> from steerkern import ablate
+    >>> plan = Plan(ablate(torch.ones(8)), layers=[1, 2], name="open")
+    >>> plan
+    Plan('open': ablate at resid_pre[1, 2])
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+
+    def __init__(
+        self,
+        edits: Edit | Sequence[Edit],
+        *,
+        layers: Layers = "all",
+        site: str = "resid_pre",
+        scope: Scope = "all",
+        keep_norm: bool = False,
+        scale: float = 1.0,
+        name: str = "plan",
+    ) -> None:
+        several = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        if not several or not all(isinstance(e, Edit) for e in several):
+            raise TypeError(f"edits must be one Edit or several, got {edits!r}")
+        if site not in SITES:
+            raise ValueError(f"site must be one of {', '.join(SITES)}, got {site!r}")
+        if not math.isfinite(scale) or scale == 0:
+            raise ValueError(f"scale must be finite and not 0, got {scale}")
+        step = Step(several, parse_layers(layers), site, parse_scope(scope), bool(keep_norm), float(scale))
+        self._set(check_name(name, "plan name"), (step,))
+
+    def _set(self, name: str, steps: tuple[Step, ...]) -> None:
+        self.name, self.steps = name, steps
+        edits = [edit for step in steps for edit in step.edits]
+        widths = {edit.width for edit in edits}
+        if len(widths) > 1:
+            raise PlanError(f"plan {name!r} mixes edits of widths {sorted(widths)}")
+        models = {edit.model for edit in edits} - {None}
+        if len(models) > 1:
+            raise PlanError(f"plan {name!r} mixes directions of different models: {', '.join(map(str, models))}")
+        for step in steps:
+            entries = sum(edit.rank + (edit.gate is not None) for edit in step.edits)
+            if entries > MAX_ENTRIES:
+                raise PlanError(f"plan {name!r} puts {entries} entries on one row, allowed are {MAX_ENTRIES}")
+            for edit in step.edits:
+                missing = set(step.layers or ()) - set(edit.layers or step.layers or ())
+                if missing:
+                    raise PlanError(
+                        f"layer {min(missing)}: {edit.kind} has vectors for layers {list(edit.layers or ())}, plan {name!r}"
+                    )
+
+    @property
+    def width(self) -> int:
+        """Width ``H`` of the directions."""
+        return self.steps[0].edits[0].width
+
+    @property
+    def model(self) -> Fingerprint | None:
+        """The model that the directions were read from, where it is known."""
+        return next((e.model for step in self.steps for e in step.edits if e.model is not None), None)
+
+    def __add__(self, other: Plan) -> Plan:
+        """Both plans on the same rows: edits that meet at a site act simultaneously."""
+        if not isinstance(other, Plan):
+            return NotImplemented
+        name = self.name if other.name == self.name else f"{self.name}+{other.name}"
+        return self._of(name[:128], self.steps + other.steps)
+
+    def named(self, name: str) -> Plan:
+        """The same plan under another name."""
+        return self._of(check_name(name, "plan name"), self.steps)
+
+    def scaled(self, factor: float) -> Plan:
+        """The same plan with every step's scale multiplied by ``factor``."""
+        if not math.isfinite(factor) or factor == 0:
+            raise ValueError(f"scale must be finite and not 0, got {factor}")
+        return self._of(self.name, tuple(replace(step, scale=step.scale * factor) for step in self.steps))
+
+    @classmethod
+    def _of(cls, name: str, steps: tuple[Step, ...]) -> Plan:
+        plan = cls.__new__(cls)
+        plan._set(name, steps)
+        return plan
+
+    def __repr__(self) -> str:
+        return f"Plan({self.name!r}: {'; '.join(map(describe, self.steps))})"
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``plan.json`` and ``directions.safetensors`` into ``folder``."""
+        tensors: dict[str, Tensor] = {}
+        steps = [step_to_json(step, i, tensors) for i, step in enumerate(self.steps)]
+        write_folder(folder, "plan", {"name": self.name, "model": fingerprint_to_json(self.model), "steps": steps}, tensors)
+
+    @staticmethod
+    def from_pretrained(source: str | os.PathLike[str]) -> Plan:
+        """Read a folder or hub id that :meth:`save_pretrained` wrote.
+
+        Raises:
+            ArtifactError: naming the file and what is wrong with it.
+        """
+        header, tensors = read_folder(source, "plan")
+        model = fingerprint_from_json(header.get("model"))
+        try:
+            steps = tuple(step_from_json(step, tensors, model) for step in take_list(header, "steps"))
+            if not steps:
+                raise ValueError("steps must hold at least one step")
+            return Plan._of(check_name(header.get("name"), "plan name"), steps)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ArtifactError):
+                raise
+            missing = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ArtifactError(f"plan.json: {missing}") from None
