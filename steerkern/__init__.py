@@ -1,0 +1,37 @@
+"""Activation steering inside the normalisation kernel of a language model's decode loop."""
+
+from .artifacts import Fingerprint
+from .directions import Direction, Directions
+from .edits import Edit, ablate, add, cap, clamp, probe, rotate
+from .errors import ArtifactError, BackendError, PlanError, SteerkernError
+from .plan import Plan
+from .program import Capacity, Site
+from .runtime.receipt import Receipt
+from .runtime.session import Session, steer
+from .steps import Tokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "BackendError",
+    "Capacity",
+    "Direction",
+    "Directions",
+    "Edit",
+    "Fingerprint",
+    "Plan",
+    "PlanError",
+    "Receipt",
+    "Session",
+    "Site",
+    "SteerkernError",
+    "Tokens",
+    "ablate",
+    "add",
+    "cap",
+    "clamp",
+    "probe",
+    "rotate",
+    "steer",
+]

@@ -44,9 +44,12 @@ StepKey = tuple[str, int]
 
 
 @dataclass
-class _Held:
+class Held:
+    """A plan in the program."""
+
     plan: Plan
-    bank_rows: dict[int, int]  # id of a vector tensor's row -> bank row
+    bank_rows: dict[int, int]
+    """Address of a vector of the plan -> bank row."""
     scale: float = 1.0
 
 
@@ -76,7 +79,7 @@ class Program:
         self._bank, self._links, self._fields, self._span = (t.to(self.device) for t in host)
         self.gain = torch.ones(count, capacity.slots, device=self.device)
         """``[sites, S]`` float32: what a controller writes."""
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
         self._slots: dict[frozenset[StepKey], int] = {}
         self._free_slots = list(range(capacity.slots - 1, -1, -1))
         self._free_rows = list(range(capacity.rows - 1, -1, -1))
@@ -144,7 +147,7 @@ class Program:
             PlanError: the name is taken, the plan does not fit the model, or the bank is full.
         """
         if plan.name in self._held:
-            raise PlanError(f"plan {plan.name!r} is already here; remove it first or name the new one otherwise")
+            raise PlanError(f"plan {plan.name!r} is in this session already; remove it first or name the new one otherwise")
         self.check(plan)
         vectors = _distinct(vector for step in plan.steps for edit in step.edits for vector in _vectors(edit))
         if len(vectors) > len(self._free_rows):
@@ -156,11 +159,11 @@ class Program:
             rows[key] = row = self._free_rows.pop()
             self._host_bank[row] = vector
             self._bank[row].copy_(vector)
-        self._held[plan.name] = _Held(plan, rows)
+        self._held[plan.name] = Held(plan, rows)
 
     def remove(self, name: str) -> None:
         """Forget a plan, its slots and its bank rows."""
-        held = self._get(name)
+        held = self.get(name)
         for key in [key for key in self._slots if any(plan == name for plan, _ in key)]:
             self._release(key)
         self._free_rows.extend(held.bank_rows.values())
@@ -169,7 +172,7 @@ class Program:
 
     def set_scale(self, name: str, scale: float) -> None:
         """Multiply everything the plan adds to a row by ``scale`` (1 is the plan as written), from now on."""
-        held = self._get(name)
+        held = self.get(name)
         if not np.isfinite(scale):
             raise PlanError(f"scale of plan {name!r} must be finite, got {scale}")
         held.scale = float(scale)
@@ -190,16 +193,17 @@ class Program:
             self._allocate(key)
         return self._slots[key]
 
-    def _get(self, name: str) -> _Held:
+    def get(self, name: str) -> Held:
+        """What is held under a name; PlanError if nothing is."""
         if name not in self._held:
             known = ", ".join(map(repr, self._held)) or "none"
-            raise PlanError(f"no plan {name!r} here; known are {known}")
+            raise PlanError(f"no plan {name!r} in this session; known are {known}")
         return self._held[name]
 
-    def _steps(self, key: frozenset[StepKey]) -> list[tuple[_Held, Step]]:
+    def _steps(self, key: frozenset[StepKey]) -> list[tuple[Held, Step]]:
         order = list(self._held)
         for name, _ in key:
-            self._get(name)
+            self.get(name)
         ordered = sorted(key, key=lambda k: (order.index(k[0]), k[1]))
         return [(self._held[name], self._held[name].plan.steps[i]) for name, i in ordered]
 
@@ -208,7 +212,7 @@ class Program:
         who = "+".join(dict.fromkeys(held.plan.name for held, _ in steps))
         if not self._free_slots:
             raise PlanError(f"plan {who!r} needs a slot, all {self.capacity.slots} are taken")
-        at_site: dict[int, list[tuple[_Held, Step]]] = {}
+        at_site: dict[int, list[tuple[Held, Step]]] = {}
         for held, step in steps:
             for site in self.reach(step):
                 at_site.setdefault(site, []).append((held, step))
@@ -286,7 +290,7 @@ def _distinct(vectors: Iterable[Tensor]) -> dict[int, Tensor]:
     return {vector.data_ptr(): vector for vector in vectors}
 
 
-def _pack(site: Site, steps: list[tuple[_Held, Step]], who: str) -> tuple[Tensor, Tensor, int]:
+def _pack(site: Site, steps: list[tuple[Held, Step]], who: str) -> tuple[Tensor, Tensor, int]:
     """``links [4, k]``, ``fields [7, k]`` and the mode of one slot at one site."""
     keep = {step.keep_norm for _, step in steps}
     if len(keep) > 1:

@@ -122,14 +122,11 @@ def check(
     if slot is not None:
         torch._check_type(slot.dtype == torch.int32, lambda: f"slot must be int32, got {slot.dtype}")
         torch._check_value(slot.shape == (n,), lambda: f"slot must be [{n}], one per row, got {tuple(slot.shape)}")
-        _check_tables(tables, width)
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            torch._check_value(
-                vector.shape == (width,) and vector.is_contiguous(),
-                lambda: f"{name} must be a contiguous [{width}], got {tuple(vector.shape)}",
-            )
-            torch._check_type(vector.dtype == h.dtype, lambda: f"{name} must be {h.dtype} like h, got {vector.dtype}")
+        check_tables(tables, width)
+    if weight is not None:
+        _check_table("weight", weight, h.dtype, (width,))
+    if bias is not None:
+        _check_table("bias", bias, h.dtype, (width,))
     torch._check_value(bias is None or norm == Norm.LAYER, lambda: f"bias is for LayerNorm only, got norm {norm}")
     if delta is not None:
         torch._check_value(delta.shape == h.shape, lambda: f"delta must be {tuple(h.shape)}, got {tuple(delta.shape)}")
@@ -142,21 +139,22 @@ def check(
         )
 
 
-def _check_tables(tables: Tables, width: int) -> None:
+def check_tables(tables: Tables, width: int) -> None:
+    """Raise one sentence for the first table of another dtype or shape than :class:`Tables` says."""
     bank, links, fields, span, gain = tables
-    expected = {
-        "bank": (bank, torch.float32, (bank.shape[0], width)),
-        "links": (links, torch.int32, (len(Link), links.shape[-1])),
-        "fields": (fields, torch.float32, (len(Field), links.shape[-1])),
-        "span": (span, torch.int32, (span.shape[0], 3)),
-        "gain": (gain, torch.float32, (span.shape[0],)),
-    }
-    for name, (table, dtype, shape) in expected.items():
-        torch._check_type(table.dtype == dtype, lambda: f"{name} must be {dtype}, got {table.dtype}")
-        torch._check_value(
-            tuple(table.shape) == shape and table.is_contiguous(),
-            lambda: f"{name} must be a contiguous {list(shape)}, got {list(table.shape)}",
-        )
+    _check_table("bank", bank, torch.float32, (bank.shape[0], width))
+    _check_table("links", links, torch.int32, (len(Link), links.shape[-1]))
+    _check_table("fields", fields, torch.float32, (len(Field), links.shape[-1]))
+    _check_table("span", span, torch.int32, (span.shape[0], 3))
+    _check_table("gain", gain, torch.float32, (span.shape[0],))
+
+
+def _check_table(name: str, table: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch._check_type(table.dtype == dtype, lambda: f"{name} must be {dtype}, got {table.dtype}")
+    torch._check_value(
+        tuple(table.shape) == shape and table.is_contiguous(),
+        lambda: f"{name} must be a contiguous {list(shape)}, got {list(table.shape)} with strides {table.stride()}",
+    )
 
 
 def steer_fake(
@@ -170,6 +168,7 @@ def steer_fake(
     delta: Tensor | None = None,
     trace: Tensor | None = None,
 ) -> None:
+    """The shape rule of ``steer_``: nothing comes back."""
     check(h, slot, Tables(bank, links, fields, span, gain), None, None, Norm.NONE, delta, trace)
 
 
@@ -188,5 +187,7 @@ def steer_norm_fake(
     delta: Tensor | None = None,
     trace: Tensor | None = None,
 ) -> Tensor:
+    """The shape rule of ``steer_norm_``: a new contiguous ``[N, H]`` in the dtype of ``h``."""
+    torch._check_value(norm != Norm.NONE, lambda: "steer_norm_ needs a norm; without one, steer_ edits the rows")
     check(h, slot, Tables(bank, links, fields, span, gain), weight, bias, norm, delta, trace)
     return h.new_empty(h.shape)

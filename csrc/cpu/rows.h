@@ -1,0 +1,235 @@
+// The CPU kernel: one row at a time, three or four passes over it while it lies in L1. Included once per instruction
+// set after lanes.h. Every sum has four accumulators of sixteen lanes in a fixed order and nothing is contracted to
+// FMA, so a row's bits depend on its width and dtype only: not on the instruction set, the threads or the batch.
+
+namespace {
+
+constexpr int kSums = 4;
+constexpr float kUnknown = -1.0f;  // a sum of squares that has not been computed
+
+struct Full {};
+
+struct Part {
+  int64_t count;
+};
+
+// Calls f(j, g, extent) for each sixteen elements from j of a row; g is the accumulator they belong to. The elements
+// behind the last whole block of sixty-four go through zero-padded copies, so there is no scalar version of any maths.
+template <class F>
+STEER_FN void sweep(int64_t width, F f) {
+  int64_t j = 0;
+  for (; j + kSums * kLanes <= width; j += kSums * kLanes) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kSums; ++g) f(j + g * kLanes, g, Full{});
+  }
+  if (j == width) return;
+#pragma GCC unroll 4
+  for (int g = 0; g < kSums; ++g) {
+    const int64_t left = width - j - g * kLanes;
+    if (left > 0) f(j + g * kLanes, g, Part{left < kLanes ? left : kLanes});
+  }
+}
+
+template <class T>
+STEER_FN Lanes load(const T* p, Full) {
+  return load(p);
+}
+
+template <class T>
+STEER_FN Lanes load(const T* p, Part part) {
+  return load(Tail<T>(p, part.count).value);
+}
+
+template <class T>
+STEER_FN void store(T* p, Lanes x, Full) {
+  store(p, x);
+}
+
+template <class T>
+STEER_FN void store(T* p, Lanes x, Part part) {
+  T value[kLanes];
+  store(value, x);
+  copy(p, value, part.count * sizeof(T));
+}
+
+STEER_FN float total(const Lanes (&s)[kSums]) { return sum((s[0] + s[1]) + (s[2] + s[3])); }
+
+// h = round(h + delta); returns |h|^2.
+template <class T>
+float add(T* h, const T* delta, int64_t width) {
+  Lanes squares[kSums] = {};
+  sweep(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
+    const Lanes x = rounded(load(h + j, extent) + load(delta + j, extent), h);
+    store(h + j, x, extent);
+    squares[g] = squares[g] + x * x;
+  });
+  return total(squares);
+}
+
+template <class T>
+float square_norm(const T* h, int64_t width) {
+  Lanes squares[kSums] = {};
+  sweep(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
+    const Lanes x = load(h + j, extent);
+    squares[g] = squares[g] + x * x;
+  });
+  return total(squares);
+}
+
+// a[d] = <h, v[d]> for D directions in one pass over h.
+template <int D, class T>
+void project(const T* h, const float* const* v, float* a, int64_t width) {
+  Lanes sums[D][kSums] = {};
+  sweep(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
+    const Lanes x = load(h + j, extent);
+    for (int d = 0; d < D; ++d) sums[d][g] = sums[d][g] + x * load(v[d] + j, extent);
+  });
+  for (int d = 0; d < D; ++d) a[d] = total(sums[d]);
+}
+
+enum class Lift { kStore, kMeasure, kRescale };
+
+// x = h + (c[0] v[0] + c[1] v[1] + ...), added in this order. kMeasure returns |x|^2 and leaves the row alone; kStore
+// writes h = round(x) and kRescale h = round(x * ratio), and both return the new |h|^2.
+template <Lift kind, class T>
+float lift(T* h, const float* const* v, const float* c, int terms, int64_t width, float ratio = 1.0f) {
+  Lanes squares[kSums] = {};
+  sweep(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
+    Lanes step = fill(c[0]) * load(v[0] + j, extent);
+    for (int k = 1; k < terms; ++k) step = step + fill(c[k]) * load(v[k] + j, extent);
+    Lanes x = load(h + j, extent) + step;
+    if (kind == Lift::kRescale) x = x * fill(ratio);
+    if (kind != Lift::kMeasure) {
+      x = rounded_mixed(x, h);
+      store(h + j, x, extent);
+    }
+    squares[g] = squares[g] + x * x;
+  });
+  return total(squares);
+}
+
+// Edits one row; returns the new |h|^2 if a pass had it, else `square` as given.
+template <class T>
+float edit(const Call& call, T* h, int32_t slot, float* trace, float square) {
+  const Tables& t = *call.tables;
+  const int64_t first = t.span[3 * int64_t(slot)];
+  const int count = t.span[3 * int64_t(slot) + 1];
+  const bool keep_norm = t.span[3 * int64_t(slot) + 2] & kKeepNorm;
+  float a[kMaxEntries], packed[kMaxEntries];
+  const float* v[kMaxEntries];
+  int reads = 0, terms = 0;
+  bool needs_norm = keep_norm;
+  for (int k = 0; k < count; ++k) {
+    if (t.flags(first + k) & kRead) v[reads++] = t.bank + t.row(first + k) * call.width;
+    needs_norm |= (t.flags(first + k) & kCosine) != 0;
+  }
+  int d = 0;
+  for (; d + 4 <= reads; d += 4) project<4>(h, v + d, packed + d, call.width);
+  if (reads & 2) project<2>(h, v + d, packed + d, call.width), d += 2;
+  if (reads & 1) project<1>(h, v + d, packed + d, call.width);
+  for (int k = 0, r = 0; k < count; ++k) {
+    const bool read = t.flags(first + k) & kRead;
+    a[k] = read ? packed[r++] : 0.0f;
+    if (read && trace && k < call.trace_columns) trace[k] = a[k];
+  }
+
+  if (needs_norm && square == kUnknown) square = square_norm(h, call.width);
+  const float norm = needs_norm ? __builtin_sqrtf(square) : 0.0f;
+  for (int k = 0; k < count; ++k) {
+    const float c = coefficient(t, a, k, first + k, t.gain[slot], norm);
+    if (c == 0.0f) continue;
+    v[terms] = t.bank + t.row(first + k) * call.width;
+    packed[terms++] = c;
+  }
+  if (terms == 0) return square;
+  if (!keep_norm) return lift<Lift::kStore>(h, v, packed, terms, call.width);
+  const float after = __builtin_sqrtf(lift<Lift::kMeasure>(h, v, packed, terms, call.width));
+  return lift<Lift::kRescale>(h, v, packed, terms, call.width, after > 0.0f ? norm / after : 1.0f);
+}
+
+// Calls f(h, weight, bias, y) for each thirty-two elements; the last call works on zero-padded copies.
+template <class T, class F>
+STEER_FN void map_pairs(const T* h, const T* weight, const T* bias, T* y, int64_t width, F f) {
+  constexpr int kStep = 2 * kLanes;
+  int64_t j = 0;
+  for (; j + kStep <= width; j += kStep) f(h + j, weight ? weight + j : weight, bias ? bias + j : bias, y + j);
+  if (const int64_t left = width - j) {
+    using Rest = Tail<T, kStep>;
+    const Rest x(h + j, left), w(weight ? weight + j : h, left), b(bias ? bias + j : h, left);
+    T out[kStep];
+    f(x.value, weight ? w.value : weight, bias ? b.value : bias, out);
+    copy(y + j, out, left * sizeof(T));
+  }
+}
+
+// y = round(h * scale * weight) in the convention of `norm`; the reference fixes where it rounds.
+template <Norm norm, class T>
+void scale_row(const T* h, const T* weight, T* y, int64_t width, float scale) {
+  map_pairs(h, weight, weight, y, width, [&](const T* h, const T* w, const T*, T* y) STEER_LAMBDA {
+    const Pair x = load_pair(h);
+    Lanes one = x.one * fill(scale), two = x.two * fill(scale);
+    if (norm != Norm::kNone) {
+      Pair factor = load_pair(w);
+      if (norm == Norm::kGemma) factor = {fill(1.0f) + factor.one, fill(1.0f) + factor.two};
+      if (norm == Norm::kLlama) one = rounded(one, h), two = rounded(two, h);
+      one = one * factor.one, two = two * factor.two;
+    }
+    store_pair(y, {rounded(one, h), rounded(two, h)});
+  });
+}
+
+template <class T>
+void layer_norm(const T* h, const T* weight, const T* bias, T* y, int64_t width, float eps) {
+  Lanes sums[kSums] = {}, squares[kSums] = {};
+  sweep(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA { sums[g] = sums[g] + load(h + j, extent); });
+  const float mean = total(sums) / float(width);
+  float means[kLanes];
+  store(means, fill(mean));
+  sweep(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
+    const Lanes x = load(h + j, extent) - load(means, extent);  // so that the padding stays 0
+    squares[g] = squares[g] + x * x;
+  });
+  const float scale = 1.0f / __builtin_sqrtf(total(squares) / float(width) + eps);
+  map_pairs(h, weight, bias, y, width, [&](const T* h, const T* w, const T* b, T* y) STEER_LAMBDA {
+    const Pair x = load_pair(h);
+    Lanes one = (x.one - fill(mean)) * fill(scale), two = (x.two - fill(mean)) * fill(scale);
+    if (w) {
+      const Pair factor = load_pair(w);
+      one = one * factor.one, two = two * factor.two;
+    }
+    if (b) {
+      const Pair shift = load_pair(b);
+      one = one + shift.one, two = two + shift.two;
+    }
+    store_pair(y, {rounded(one, h), rounded(two, h)});
+  });
+}
+
+template <class T>
+void normalise(const Call& call, const T* h, T* y, float square) {
+  const T* weight = static_cast<const T*>(call.weight);
+  if (call.norm == Norm::kLayer)
+    return layer_norm(h, weight, static_cast<const T*>(call.bias), y, call.width, call.eps);
+  if (square == kUnknown) square = square_norm(h, call.width);
+  const float scale = 1.0f / __builtin_sqrtf(square / float(call.width) + call.eps);
+  if (!weight) return scale_row<Norm::kNone>(h, weight, y, call.width, scale);
+  if (call.norm == Norm::kLlama) return scale_row<Norm::kLlama>(h, weight, y, call.width, scale);
+  if (call.norm == Norm::kGemma) return scale_row<Norm::kGemma>(h, weight, y, call.width, scale);
+  scale_row<Norm::kFp32>(h, weight, y, call.width, scale);
+}
+
+template <class T>
+void run_rows(const Call& call, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    T* h = static_cast<T*>(call.h) + i * call.h_stride;
+    float square = kUnknown;
+    if (call.delta) square = add(h, static_cast<const T*>(call.delta) + i * call.delta_stride, call.width);
+    if (call.slot && call.slot[i] >= 0)
+      square = edit(call, h, call.slot[i], call.trace ? call.trace + i * call.trace_columns : nullptr, square);
+    if (call.norm != Norm::kNone) normalise(call, h, static_cast<T*>(call.y) + i * call.width, square);
+  }
+}
+
+constexpr Isa kIsa = {STEER_ISA, {run_rows<float>, run_rows<Bfloat16>, run_rows<Float16>}};
+
+}  // namespace

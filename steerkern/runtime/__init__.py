@@ -1,0 +1,1 @@
+"""From a model to a steered model: finding sites, mapping rows, attaching and detaching."""

@@ -1,0 +1,133 @@
+"""Put handlers into a module and take them out again.
+
+An attached module gets a subclass of its own class, made here, and a list of handlers in its ``__dict__``; when the last
+handler leaves, both are gone and the module is what it was. Instances are changed, classes never are. A class that
+differs is also what ``torch.compile`` guards on: a graph traced without steering is not reused with it, which forward
+hooks do not ensure.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..errors import PlanError
+
+
+class NormHandler(Protocol):
+    """Stands in for a norm: edits the state in place and returns it normalised."""
+
+    def edit(self, state: Tensor) -> None:
+        """Edit ``state [..., H]`` in place."""
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """Edit ``state`` in place and return it normalised."""
+
+
+class CallHandler(Protocol):
+    """Acts before and after a module is called."""
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See, and where needed replace, the arguments (``kwargs`` may be changed)."""
+
+    def after(self, output: Any) -> None:
+        """See the output; None if the call raised."""
+
+
+def attach(module: nn.Module, kind: str, handler: Any) -> None:
+    """Add a handler of ``kind`` (``norm``, ``call`` or ``generate``) to one module."""
+    handlers = module.__dict__.get(_slot(kind))
+    if handlers is not None:
+        handlers.append(handler)
+        return
+    kinds = (*_kinds(type(module)), kind)
+    base = _base(type(module))
+    module.__dict__[_slot(kind)] = [handler]
+    try:
+        module.__class__ = _steered(base, kinds)
+    except TypeError as error:
+        del module.__dict__[_slot(kind)]
+        raise PlanError(f"{base.__name__} cannot be steered: {error}") from None
+
+
+def detach(module: nn.Module, kind: str, handler: Any) -> None:
+    """Take a handler out; the others stay in their order."""
+    handlers = module.__dict__.get(_slot(kind), [])
+    if handler not in handlers:
+        return
+    handlers.remove(handler)
+    if not handlers:
+        del module.__dict__[_slot(kind)]
+        kinds = tuple(k for k in _kinds(type(module)) if k != kind)
+        module.__class__ = _steered(_base(type(module)), kinds) if kinds else _base(type(module))
+
+
+def _slot(kind: str) -> str:
+    return f"_steerkern_{kind}"
+
+
+def _base(cls: type) -> type:
+    return getattr(cls, "_steerkern_base", cls)
+
+
+def _kinds(cls: type) -> tuple[str, ...]:
+    return getattr(cls, "_steerkern_kinds", ())
+
+
+@functools.cache
+def _steered(base: type, kinds: tuple[str, ...]) -> type:
+    """The subclass of ``base`` that asks its handlers; it keeps the name, which checkpoints record."""
+    members: dict[str, Any] = {"_steerkern_base": base, "_steerkern_kinds": kinds, "__module__": base.__module__}
+    members["__qualname__"], members["__doc__"] = base.__qualname__, base.__doc__
+    members["__reduce_ex__"] = _refuse_copy
+    if "norm" in kinds:
+        members["forward"] = _forward
+    if "call" in kinds:
+        members["__call__"] = _call_of(base)
+    if "generate" in kinds:
+        members["generate"] = _generate_of(base)
+    return type(base)(base.__name__, (base,), members)
+
+
+def _refuse_copy(self: Any, protocol: int) -> Any:
+    raise PlanError(f"{type(self).__name__} is being steered; detach the session before copying or pickling the model")
+
+
+def _forward(self: Any, hidden_states: Tensor) -> Tensor:
+    handlers: list[NormHandler] = self._steerkern_norm
+    for handler in handlers[:-1]:
+        handler.edit(hidden_states)
+    return handlers[-1](hidden_states)
+
+
+def _call_of(base: type) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handlers: list[CallHandler] = self._steerkern_call
+        for handler in handlers:
+            handler.before(self, args, kwargs)
+        output = None
+        try:
+            output = base.__call__(self, *args, **kwargs)
+        finally:
+            for handler in handlers:
+                handler.after(output)
+        return output
+
+    return call
+
+
+def _generate_of(base: type) -> Any:
+    @functools.wraps(base.generate)  # type: ignore[attr-defined]
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handlers: list[CallHandler] = self._steerkern_generate
+        for handler in handlers:
+            handler.before(self, args, kwargs)
+        try:
+            return base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            for handler in handlers:
+                handler.after(None)
+
+    return generate

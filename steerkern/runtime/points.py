@@ -1,0 +1,206 @@
+"""Edit points: what stands in a norm or at a block's door while a session is attached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+from ..ops import cpu, reference
+from ..ops.schemas import Norm, Tables
+from ..program import Program
+from .rows import RowMap
+from .sites import FoundSite, NormSpec, block_input, block_output
+
+THREADED_ELEMENTS = 1 << 16
+"""Below this many elements one thread is faster than waking others."""
+
+
+class Point:
+    """Edits a state in place at one site, by the row map of the current forward."""
+
+    def __init__(self, program: Program, rows: RowMap, number: int | None, backend: str, streams: str = "none") -> None:
+        self.program = program
+        self.rows = rows
+        self.number = number
+        """The site's number in the program, or None for a norm that is only fused, never steered."""
+        self.streams = streams
+        self.width = program.width
+        self.native = backend == "cpu"
+        self.calls = 0
+        self.traces: list[Tensor] | None = None
+        """Coordinates read per forward ``[rows, T]``, when a probe is among the plans."""
+        self.tables: Tables | None = None if number is None else program.tables(number)
+        self._kernels: dict[torch.dtype, Any] = {}
+
+    def edit(self, state: Tensor) -> None:
+        """Edit ``state [..., H]`` in place on its own, without a norm."""
+        if self.tables is None:
+            return
+        if torch.compiler.is_compiling():
+            self._edit_traced(state)
+            return
+        rows = self.rows
+        self.calls += 1
+        if not rows.pointer:
+            return
+        slot = self._slots(state)
+        flat, back = _flatten(state)
+        if torch.is_grad_enabled() and state.requires_grad:
+            self._edit_differentiably(state, slot)
+            return
+        trace = self._trace(flat)
+        if self.native and flat.dtype in cpu.DTYPE_CODES:
+            kernel = self._kernels.get(flat.dtype) or self._bind(flat.dtype, Norm.NONE, 0.0)
+            columns = 0 if trace is None else trace.shape[1]
+            pointer = 0 if trace is None else trace.data_ptr()
+            fault = kernel.full(
+                flat.shape[0], flat.data_ptr(), flat.stride(0), slot.data_ptr(), 0, 0, 0, 0, 0, pointer, columns,
+                threads(flat.numel()),
+            )  # fmt: skip
+            self._check(fault, slot)
+        else:
+            flat.copy_(reference.edit_rows(flat, slot, self.tables, self.program.entries_per_row, trace))
+        if back is not None:
+            back.copy_(flat.view_as(back))
+
+    def _bind(self, dtype: torch.dtype, norm: Norm, eps: float) -> Any:
+        kernel = self._kernels[dtype] = cpu.bind(self.tables, self.width, dtype, norm, eps)
+        return kernel
+
+    def _check(self, fault: int, slot: Tensor) -> None:
+        if fault >= 0:
+            assert self.tables is not None
+            raise PlanError(reference.find_fault(slot, self.tables) or f"row {fault}: fault in the program's tables")
+
+    def _slots(self, state: Tensor) -> Tensor:
+        """One slot per row of ``state``, for all its streams."""
+        rows = self.rows
+        count = state.numel() // self.width
+        slot = rows.slot[: rows.count]
+        if self.streams != "none":
+            times = count // rows.count if rows.count else 1
+            slot = slot.repeat(times) if self.streams == "outer" else slot.repeat_interleave(times)
+        if slot.numel() != count:
+            raise PlanError(f"the state has {count} rows, the row map of this forward {rows.count}")
+        return slot
+
+    def _trace(self, flat: Tensor) -> Tensor | None:
+        if self.traces is None:
+            return None
+        trace = torch.full((flat.shape[0], self.program.entries_per_row), torch.nan)
+        self.traces.append(trace)
+        return trace
+
+    def _edit_differentiably(self, state: Tensor, slot: Tensor) -> None:
+        assert self.tables is not None
+        if state.is_leaf:
+            raise PlanError("the state to edit is a leaf that requires grad; pass inputs_embeds * 1 or detach it")
+        flat = state.reshape(-1, self.width)
+        edited = reference.edit_rows(flat, slot, self.tables, self.program.entries_per_row, self._trace(flat))
+        state.copy_(edited.view_as(state))
+
+    def _edit_traced(self, state: Tensor) -> None:
+        assert self.tables is not None
+        flat = state.reshape(-1, self.width)
+        slot = self.rows.slot[: flat.shape[0]]
+        if torch.is_grad_enabled() and state.requires_grad:
+            edited = reference.edit_rows(flat, slot, self.tables, self.program.entries_per_row)
+            state.copy_(edited.view_as(state))
+        else:
+            torch.ops.steerkern.steer_(flat, slot, *self.tables)
+
+
+class NormPoint(Point):
+    """Stands in for one norm module: one kernel call edits the residual state and normalises it.
+
+    Where gradients are wanted, or the kernel does not apply, the edit runs on the reference and the module's own
+    ``forward`` follows it.
+    """
+
+    def __init__(
+        self, spec: NormSpec, width: int, program: Program, rows: RowMap, number: int | None, backend: str
+    ) -> None:
+        super().__init__(program, rows, number, backend)
+        self.spec = spec
+        self.width = width
+        self.dtype: torch.dtype | None = None
+        self._parameters = spec.module._parameters
+        self._forward = type(spec.module).forward
+        weight = spec.weight
+        if self.native and weight is not None and weight.dtype in cpu.DTYPE_CODES:
+            self.dtype = weight.dtype
+            self._kernel = cpu.bind(self.tables, width, self.dtype, spec.norm, spec.eps)
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """Edit ``state [..., H]`` in place and return it normalised."""
+        if state.dtype is not self.dtype or torch.is_grad_enabled() or self.traces is not None:
+            return self._slow(state)
+        if torch.compiler.is_compiling():
+            return self._traced(state)
+        if not state.is_contiguous():
+            return self._slow(state)
+        slot, count = 0, state.numel() // self.width
+        if self.tables is not None:
+            self.calls += 1
+            slot = self.rows.pointer
+            if slot and count != self.rows.count:
+                raise PlanError(f"the state has {count} rows, the row map of this forward {self.rows.count}")
+        parameters = self._parameters
+        weight, bias = parameters["weight"], parameters.get("bias")
+        out = torch.empty_like(state)
+        fault = self._kernel(
+            count, state.data_ptr(), self.width, slot,
+            weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+            1 if count * self.width < THREADED_ELEMENTS else torch.get_num_threads(),
+        )  # fmt: skip
+        if fault >= 0:
+            self._check(fault, self.rows.slot[: self.rows.count])
+        return out
+
+    def _slow(self, state: Tensor) -> Tensor:
+        self.edit(state)
+        return self._forward(self.spec.module, state)
+
+    def _traced(self, state: Tensor) -> Tensor:
+        flat = state.reshape(-1, self.width)
+        spec, tables = self.spec, self.tables
+        if tables is None:
+            return reference.normalise(flat, spec.weight, spec.bias, spec.eps, spec.norm).view_as(state)
+        slot = self.rows.slot[: flat.shape[0]]
+        weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        out = torch.ops.steerkern.steer_norm_(flat, slot, *tables, weight, bias, spec.eps, int(spec.norm))
+        return out.view_as(state)
+
+
+class DoorPoint(Point):
+    """Edits at the door of a block without a fused site: its input, or the last block's output."""
+
+    def __init__(self, found: FoundSite, program: Program, rows: RowMap, number: int, backend: str) -> None:
+        super().__init__(program, rows, number, backend, found.streams)
+        self.leaving = found.site.name == "resid_post"
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Edit the state on its way into the block."""
+        if not self.leaving:
+            self.edit(block_input(args, kwargs))
+
+    def after(self, output: Any) -> None:
+        """Edit the state on its way out."""
+        if self.leaving and output is not None:
+            self.edit(block_output(output))
+
+
+def threads(elements: int) -> int:
+    """How many threads a kernel call over ``elements`` numbers is worth."""
+    return 1 if elements < THREADED_ELEMENTS else torch.get_num_threads()
+
+
+def _flatten(state: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``state`` as ``[N, H]`` rows of unit stride; where that needs a copy, also the tensor to copy back to."""
+    flat = state.detach().reshape(-1, state.shape[-1])
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    return flat, None if flat.untyped_storage().data_ptr() == state.untyped_storage().data_ptr() else state

@@ -1,0 +1,243 @@
+"""Sessions: attach plans to a model, say which rows they steer, report what they wrote, detach."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from ..ops import dispatch
+from ..plan import Plan
+from ..program import Capacity, Program, needs
+from .patch import attach, detach
+from .points import DoorPoint, NormPoint, Point
+from .receipt import PlanReceipt, Receipt
+from .requests import DecoderCalls, GenerateCalls
+from .rows import Prompts, RowMap
+from .sites import Anatomy, examine
+
+Fuse = Literal["all", "sites", "none"]
+Silent = Literal["error", "warn", "ignore"]
+RowPlans = Sequence["str | Plan | Iterable[str | Plan] | None"]
+
+
+class Session:
+    """Plans attached to one model; made by :func:`steer`.
+
+    A context manager and a handle: leaving the ``with`` block (or calling :meth:`detach`) restores the model bit for
+    bit. Sessions on one model nest, and may be detached in any order; edits run in the order of attachment.
+    """
+
+    def __init__(
+        self, anatomy: Anatomy, plans: Sequence[Plan], backend: str, fuse: Fuse, silent: Silent, capacity: Capacity | None
+    ) -> None:
+        self.anatomy = anatomy
+        self.backend = backend
+        self._silent = silent
+        sites = [found.site for found in anatomy.sites]
+        self._program = Program(sites, anatomy.fingerprint.width, anatomy.device, capacity or needs(plans, sites))
+        for plan in plans:
+            self._hold(plan)
+        self._rows = RowMap(self._program)
+        self._points: list[Point] = []
+        self._attached: list[tuple[nn.Module, str, Any]] = []
+        self._calls = DecoderCalls(anatomy.decoder, self._rows, self._edits_input())
+        self._attach(fuse)
+
+    # attaching and detaching
+
+    def _attach(self, fuse: Fuse) -> None:
+        steered: dict[nn.Module, int] = {}
+        parts: list[tuple[nn.Module, str, Any]] = []
+        for number, found in enumerate(self.anatomy.sites):
+            if found.fused is not None and fuse != "none":
+                steered[found.fused.module] = number
+            else:
+                point = DoorPoint(found, self._program, self._rows, number, self.backend)
+                self._points.append(point)
+                parts.append((found.block, "call", point))
+        for spec in self.anatomy.norms:
+            at = steered.get(spec.module)
+            if at is None and fuse != "all":
+                continue
+            weight = spec.weight
+            width = self._program.width if weight is None else weight.numel()
+            norm = NormPoint(spec, width, self._program, self._rows, at, self.backend)
+            if at is not None:
+                self._points.append(norm)
+            parts.append((spec.module, "norm", norm))
+        parts.append((self.anatomy.decoder, "call", self._calls))
+        if hasattr(self.anatomy.model, "generate"):
+            parts.append((self.anatomy.model, "generate", GenerateCalls(self._calls)))
+        try:
+            for part in parts:
+                attach(*part)
+                self._attached.append(part)
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model is being steered by this session."""
+        return bool(self._attached)
+
+    def detach(self) -> None:
+        """Restore the model; calling it again does nothing."""
+        while self._attached:
+            detach(*self._attached.pop())
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+        if kind is None and self._silent != "ignore":
+            self._complain()
+
+    def _complain(self) -> None:
+        idle = [name for name, plan in self.receipt().plans.items() if plan.tokens == 0]
+        if not idle:
+            return
+        text = f"plan {idle[0]!r} wrote no token: no forward of this session reached its scope"
+        if self._silent == "error":
+            raise PlanError(text)
+        warnings.warn(text, stacklevel=3)
+
+    # what is steered
+
+    def rows(self, plans: RowPlans | None) -> None:
+        """Give each sequence of the coming batches its own plans, by name or object; ``None`` in a row leaves it alone.
+
+        ``session.rows(["open", None, ("open", "calm")])``; ``session.rows(None)`` gives every row every plan again.
+
+        Raises:
+            PlanError: a plan that this session does not hold. Another number of rows than prompts raises when they come.
+        """
+        if plans is None:
+            self._rows.assign(None)
+            return
+        if isinstance(plans, (str, Plan)):
+            raise TypeError(f"rows takes one entry per sequence, got {plans!r}")
+        self._rows.assign([_names(row) for row in plans])
+
+    def add(self, plan: Plan) -> None:
+        """Hold one more plan, from the next forward on.
+
+        Raises:
+            PlanError: the plan does not fit the model, its name is taken, or the tables are full; nothing has changed then.
+        """
+        self._hold(plan)
+        self._rows.forget()
+        self._calls.edits_input = self._edits_input()
+
+    def remove(self, name: str) -> None:
+        """Drop a plan, from the next forward on.
+
+        Raises:
+            PlanError: no such plan, or rows are still assigned to it.
+        """
+        if name in self._rows.assigned:
+            raise PlanError(f"plan {name!r} is assigned to rows; call rows() first")
+        self._rows.forget()
+        self._program.remove(name)
+
+    def set(self, name: str, *, scale: float) -> None:
+        """Multiply what a plan adds to each row by ``scale``, from the next forward on; 1 is the plan as written.
+
+        Raises:
+            PlanError: no such plan, or a scale that is not finite.
+        """
+        self._program.set_scale(name, scale)
+
+    @contextlib.contextmanager
+    def request(self, length: int, attention_mask: Tensor | None = None, batch: int = 1) -> Iterator[None]:
+        """Say where the prompts of a hand-written decode loop lie; ``generate`` does this by itself.
+
+        Needed where forwards cannot tell prompt from generated tokens: loops without a cache, or in chunks.
+
+        Args:
+            length: columns of the prompt, padding included.
+            attention_mask: ``[B, >= length]``, 0 at padding; without it ``batch`` rows have no padding.
+            batch: number of sequences where there is no mask.
+        """
+        rows = batch if attention_mask is None else attention_mask.shape[0]
+        self._calls.open(Prompts.of(rows, length, attention_mask))
+        try:
+            yield
+        finally:
+            self._calls.close()
+
+    def _edits_input(self) -> bool:
+        first = [n for n, site in enumerate(self._program.sites) if site == (0, "resid_pre")]
+        return any(first[0] in self._program.reach(step) for plan in self._program.plans for step in plan.steps)
+
+    def _hold(self, plan: Plan) -> None:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"steer takes plans, got {type(plan).__name__}")
+        if plan.model is not None and plan.model != self.anatomy.fingerprint:
+            raise PlanError(f"plan {plan.name!r} was made for {plan.model}, the model is {self.anatomy.fingerprint}")
+        self._program.add(plan)
+
+    # what was done
+
+    def receipt(self) -> Receipt:
+        """Which plan wrote which sites, rows and tokens so far."""
+        self._rows.flush()
+        ran = {point.number for point in self._points if point.calls or self._calls.compiled}
+        plans = {}
+        for plan in self._program.plans:
+            written = self._rows.written.get(plan.name)
+            numbers = sorted({n for step in plan.steps for n in self._program.reach(step)})
+            sites = tuple(self._program.sites[n] for n in numbers if n in ran)
+            spans = {} if written is None else {row: [(a, b) for a, b in s] for row, s in written.spans.items()}
+            tokens = 0 if written is None or not sites else written.tokens
+            plans[plan.name] = PlanReceipt(plan.name, sites, tokens, spans)
+        return Receipt(plans)
+
+
+def steer(
+    model: nn.Module,
+    plans: Plan | Sequence[Plan],
+    *,
+    backend: str | None = None,
+    fuse: Fuse = "all",
+    silent: Silent = "error",
+    capacity: Capacity | None = None,
+) -> Session:
+    """Steer ``model`` by one plan or several from now on, until the session is detached.
+
+    ``model.generate`` and plain forwards then run steered: every row by every plan, unless :meth:`Session.rows` says
+    otherwise. Attaching is complete or nothing was changed.
+
+    Args:
+        model: a transformers decoder-only model; its class and parameters stay untouched.
+        plans: what to do; see :class:`Plan`.
+        backend: ``cpu`` or ``reference``; None takes the fastest that runs here. A backend asked for by name works or raises.
+        fuse: ``all`` replaces every norm of the decoder that the kernel can stand in for, steered or not; ``sites`` only
+            the steered sites; ``none`` edits at the blocks' doors and leaves every norm stock.
+        silent: what leaving the ``with`` block does about a plan that wrote no token: ``error``, ``warn`` or ``ignore``.
+        capacity: table sizes; by default four times what ``plans`` need.
+
+    Raises:
+        PlanError: a plan that does not fit the model, or a model without decoder blocks.
+        BackendError: the backend asked for cannot run.
+    """
+    several = [plans] if isinstance(plans, Plan) else list(plans)
+    if fuse not in ("all", "sites", "none"):
+        raise ValueError(f"fuse must be 'all', 'sites' or 'none', got {fuse!r}")
+    if silent not in ("error", "warn", "ignore"):
+        raise ValueError(f"silent must be 'error', 'warn' or 'ignore', got {silent!r}")
+    anatomy = examine(getattr(model, "_orig_mod", model))
+    chosen = dispatch.resolve(backend, anatomy.device, anatomy.dtype)
+    return Session(anatomy, several, chosen, fuse, silent, capacity)
+
+
+def _names(row: str | Plan | Iterable[str | Plan] | None) -> list[str]:
+    several = [] if row is None else [row] if isinstance(row, (str, Plan)) else list(row)
+    return [plan if isinstance(plan, str) else plan.name for plan in several]
