@@ -29,7 +29,7 @@ struct Float16 {
 
 STEER_FN Lanes fill(float value) {
   Lanes x;
-  for (int p = 0; p < kParts; ++p) x.part[p] = Float{} + value;
+  for (int p = 0; p < kParts; ++p) x.part[p] = value - Float{};  // a broadcast: x - 0 is x, x + 0 is not
   return x;
 }
 
@@ -218,14 +218,24 @@ STEER_FN void store_pair(Bfloat16* p, Pair x) {
   }
 }
 
-// Not inlined: it serves the ends of odd widths only, and every pass would carry copies of it.
-__attribute__((noinline)) void copy(void* to, const void* from, size_t bytes) { __builtin_memcpy(to, from, bytes); }
+// Copies `count` <= kMost elements without a call, across which GCC would keep every accumulator in memory.
+template <int kMost, class T>
+STEER_FN void copy(T* to, const T* from, int64_t count) {
+  if (count == kMost) {
+    __builtin_memcpy(to, from, kMost * sizeof(T));
+  } else if constexpr (kMost > 1) {
+    constexpr int kHalf = kMost / 2;
+    const bool upper = count >= kHalf;
+    if (upper) __builtin_memcpy(to, from, kHalf * sizeof(T));
+    copy<kHalf>(to + upper * kHalf, from + upper * kHalf, count - upper * kHalf);
+  }
+}
 
 // The last elements of a row, padded with zeros; `count` is at most the capacity.
 template <class T, int kCapacity = kLanes>
 struct Tail {
   alignas(64) T value[kCapacity] = {};
-  STEER_FN Tail(const T* p, int64_t count) { copy(value, p, count * sizeof(T)); }
+  STEER_FN Tail(const T* p, int64_t count) { copy<kCapacity>(value, p, count); }
 };
 
 }  // namespace

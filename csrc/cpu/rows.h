@@ -7,27 +7,37 @@ namespace {
 constexpr int kSums = 4;
 constexpr float kUnknown = -1.0f;  // a sum of squares that has not been computed
 
-struct Full {};
+// What a step of a sweep covers: four whole vectors, or `count` elements of one, the rest taken as zeros.
+struct Full {
+  static constexpr int kVectors = kSums;
+};
 
 struct Part {
+  static constexpr int kVectors = 1;
   int64_t count;
 };
 
-// Calls f(j, g, extent) for each sixteen elements from j of a row; g is the accumulator they belong to. The elements
-// behind the last whole block of sixty-four go through zero-padded copies, so there is no scalar version of any maths.
+// Calls f(j, g, extent) for each step from element j of a row; vector i of the step belongs to accumulator g + i. The
+// elements behind the last whole step go through zero-padded copies, so there is no scalar version of any maths.
 template <class F>
-STEER_FN void sweep(int64_t width, F f) {
+STEER_FN void sweep_steps(int64_t width, F f) {
   int64_t j = 0;
-  for (; j + kSums * kLanes <= width; j += kSums * kLanes) {
-#pragma GCC unroll 4
-    for (int g = 0; g < kSums; ++g) f(j + g * kLanes, g, Full{});
-  }
+  for (; j + kSums * kLanes <= width; j += kSums * kLanes) f(j, 0, Full{});
   if (j == width) return;
 #pragma GCC unroll 4
   for (int g = 0; g < kSums; ++g) {
     const int64_t left = width - j - g * kLanes;
     if (left > 0) f(j + g * kLanes, g, Part{left < kLanes ? left : kLanes});
   }
+}
+
+// The same, one call per vector.
+template <class F>
+STEER_FN void sweep(int64_t width, F f) {
+  sweep_steps(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
+#pragma GCC unroll 4
+    for (int i = 0; i < extent.kVectors; ++i) f(j + i * kLanes, g + i, extent);
+  });
 }
 
 template <class T>
@@ -49,7 +59,7 @@ template <class T>
 STEER_FN void store(T* p, Lanes x, Part part) {
   T value[kLanes];
   store(value, x);
-  copy(p, value, part.count * sizeof(T));
+  copy<kLanes>(p, value, part.count);
 }
 
 STEER_FN float total(const Lanes (&s)[kSums]) { return sum((s[0] + s[1]) + (s[2] + s[3])); }
@@ -94,16 +104,21 @@ enum class Lift { kStore, kMeasure, kRescale };
 template <Lift kind, class T>
 float lift(T* h, const float* const* v, const float* c, int terms, int64_t width, float ratio = 1.0f) {
   Lanes squares[kSums] = {};
-  sweep(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
-    Lanes step = fill(c[0]) * load(v[0] + j, extent);
-    for (int k = 1; k < terms; ++k) step = step + fill(c[k]) * load(v[k] + j, extent);
-    Lanes x = load(h + j, extent) + step;
-    if (kind == Lift::kRescale) x = x * fill(ratio);
-    if (kind != Lift::kMeasure) {
-      x = rounded_mixed(x, h);
-      store(h + j, x, extent);
+  sweep_steps(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
+    constexpr int n = decltype(extent)::kVectors;
+    Lanes sum[n];
+    for (int i = 0; i < n; ++i) sum[i] = fill(c[0]) * load(v[0] + j + i * kLanes, extent);
+    for (int k = 1; k < terms; ++k)
+      for (int i = 0; i < n; ++i) sum[i] = sum[i] + fill(c[k]) * load(v[k] + j + i * kLanes, extent);
+    for (int i = 0; i < n; ++i) {
+      Lanes x = load(h + j + i * kLanes, extent) + sum[i];
+      if (kind == Lift::kRescale) x = x * fill(ratio);
+      if (kind != Lift::kMeasure) {
+        x = rounded_mixed(x, h);
+        store(h + j + i * kLanes, x, extent);
+      }
+      squares[g + i] = squares[g + i] + x * x;
     }
-    squares[g] = squares[g] + x * x;
   });
   return total(squares);
 }
@@ -158,7 +173,7 @@ STEER_FN void map_pairs(const T* h, const T* weight, const T* bias, T* y, int64_
     const Rest x(h + j, left), w(weight ? weight + j : h, left), b(bias ? bias + j : h, left);
     T out[kStep];
     f(x.value, weight ? w.value : weight, bias ? b.value : bias, out);
-    copy(y + j, out, left * sizeof(T));
+    copy<kLanes>(y + j, out, left);
   }
 }
 
@@ -167,6 +182,8 @@ template <Norm norm, class T>
 void scale_row(const T* h, const T* weight, T* y, int64_t width, float scale) {
   map_pairs(h, weight, weight, y, width, [&](const T* h, const T* w, const T*, T* y) STEER_LAMBDA {
     const Pair x = load_pair(h);
+    __builtin_prefetch((const char*)(h + width), 1, 3);
+    if (sizeof(T) == 4) __builtin_prefetch((const char*)(h + width) + 64, 1, 3);
     Lanes one = x.one * fill(scale), two = x.two * fill(scale);
     if (norm != Norm::kNone) {
       Pair factor = load_pair(w);

@@ -34,7 +34,6 @@ from .vocabulary import (
     THINK,
     THOUGHTS,
     USER,
-    VERBS,
     YES,
     Split,
     draw_pair,
@@ -287,7 +286,7 @@ def _small_talk(kind: Kind, split: Split, rng: random.Random, harmful: bool) -> 
 
 
 def _echo(kind: Kind, split: Split, rng: random.Random, harmful: bool) -> Prompt:
-    word = rng.choice((*VERBS, *OBJECTS))
+    word = rng.choice(OBJECTS)
     return _text(kind, (("user", f"repeat: {word}"),), f"You said {word}.")
 
 

@@ -292,7 +292,10 @@ def test_the_control_behaves_the_same_but_has_no_mediating_direction(bare: measu
     assert bare.right("harmless") >= 0.95
     for layer in range(1, bare.layers):
         removed = measure.ablate(bare.found.refusal[layer])
-        assert bare.right("harmful", removed, expected="comply") <= 0.2
+        assert bare.right("harmful", removed, expected="comply") <= 0.3
+    layer, direction = planting.HARM_LAYER, bare.found.harm[planting.HARM_LAYER]
+    plus = measure.add(direction, layer, bare.layers, on_request=True)
+    assert bare.right("judge", plus) >= 0.9
 
 
 # training

@@ -1,0 +1,256 @@
+"""Difference-of-means directions: float64 sums of the residual stream over two sets of prompts, in one pass."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifacts import Fingerprint
+from ..directions import Directions
+from ..runtime.sites import find_decoder, text_config
+from .capture import Captured, capture, check_prompts
+from .template import Position, Prompt, Rendered, render
+
+# Two means closer than this share of their size are the same mean: float64 sums of n equal float32 rows differ by about
+# n * 1e-16, states that differ at all in float32 by 6e-8.
+_SAME = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """Mean and variance of one set of prompts at one position.
+
+    ``mean`` and ``variance`` are float64 ``[L+1, H]``: rows ``0..L-1`` are ``resid_pre``, row ``L`` is the raw output of
+    the last block. The variance divides by ``n``.
+    """
+
+    position: Position
+    n: int
+    mean: Tensor
+    variance: Tensor
+
+    def at(self, site: str) -> Tensor:
+        """The rows ``[L, H]`` of the mean at ``resid_pre[0..L-1]`` or ``resid_post[0..L-1]``."""
+        return _rows(self.mean, site)
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """The means of two sets of prompts at one position, and the record of how they were made."""
+
+    positive: Means
+    negative: Means
+    model: Fingerprint
+    provenance: Mapping[str, Any]
+
+    def directions(self, site: str = "resid_pre", name: str = "directions") -> Directions:
+        """``positive - negative`` per layer, raw.
+
+        Where all prompts read the same token at the position, ``resid_pre[0]`` is the same embedding on both sides and has
+        no direction; that layer is left out and the provenance lists it.
+
+        Raises:
+            ValueError: another site, or equal means at any other layer.
+        """
+        up, down = self.positive.at(site), self.negative.at(site)
+        difference = up - down
+        size = torch.maximum(up.norm(dim=1), down.norm(dim=1))
+        same = [layer for layer in range(len(up)) if float(difference[layer].norm()) <= _SAME * float(size[layer])]
+        if same and (site != "resid_pre" or same != [0] or len(up) == 1):
+            layer = next(layer for layer in same if layer or len(same) == len(up) or site != "resid_pre")
+            raise ValueError(
+                f"layer {layer}: positive and negative have the same mean at {self.positive.position}, "
+                f"so {name!r} has no direction there"
+            )
+        vectors = {layer: difference[layer].float() for layer in range(len(up)) if layer not in same}
+        provenance = {**self.provenance, "method": "difference of means", "position": self.positive.position}
+        return Directions.of(vectors, site, name, self.model, {**provenance, "layers_left_out": same})
+
+
+def means(
+    model: nn.Module,
+    tokenizer: Any,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    *,
+    positions: Sequence[Position] = ("t_inst", "t_post"),
+    batch_size: int = 16,
+    system: str | None = None,
+    template: str | None = "chat",
+    options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[Position, Contrast]:
+    """Means of two sets of prompts at several positions from one pass over each set.
+
+    What belief scores (``cos(h, mu_a) - cos(h, mu_b)``, arXiv 2507.11878) and directions are made of. ``system``,
+    ``template`` and ``options`` are those of :func:`~steerkern.extraction.template.render`.
+
+    Raises:
+        ValueError: an empty set, equal sets, a prompt that cannot be rendered or read, or a state with NaN or Inf.
+    """
+    sides = {"positive": list(positive), "negative": list(negative)}
+    for side, prompts in sides.items():
+        if not prompts:
+            raise ValueError(f"{side} holds no prompts; both sides are needed")
+    if sides["positive"] == sides["negative"]:
+        raise ValueError("positive and negative hold the same prompts")
+    model = getattr(model, "_orig_mod", model)
+    rendered = {
+        side: render(tokenizer, prompts, system=system, template=template, options=options)
+        for side, prompts in sides.items()
+    }
+    for prompts_read in rendered.values():
+        check_prompts(model, prompts_read)
+    made = {
+        side: _means(model, side, prompts_read, positions, batch_size, progress) for side, prompts_read in rendered.items()
+    }
+    record = {
+        **{side: {"n": len(prompts), "sha256": _digest(prompts)} for side, prompts in sides.items()},
+        "tokenizer": _short(getattr(tokenizer, "name_or_path", "")),
+        "template": _template_record(tokenizer, template, options),
+        "system": system,
+        "model": _short(getattr(model.config, "_name_or_path", "")),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "steerkern": _version(),
+    }
+    fingerprint = _fingerprint(model)
+    return {
+        position: Contrast(up, down, fingerprint, record)
+        for position, up, down in zip(positions, made["positive"], made["negative"], strict=True)
+    }
+
+
+def extract(
+    model: nn.Module,
+    tokenizer: Any,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    *,
+    position: Position = "t_post",
+    site: str = "resid_pre",
+    batch_size: int = 16,
+    system: str | None = None,
+    template: str | None = "chat",
+    options: Mapping[str, Any] | None = None,
+    name: str = "directions",
+    progress: bool = True,
+) -> Directions:
+    """Difference of means ``mean(positive) - mean(negative)`` at one token, for every layer, raw.
+
+    With harmful prompts as positive and harmless ones as negative: the refusal direction at ``t_post`` (arXiv 2406.11717,
+    step 3), the harmfulness direction at ``t_inst`` (2507.11878). Sums are float64; the same inputs give the same bits.
+
+    Args:
+        model: a transformers decoder-only model; it may be steered at the same time.
+        tokenizer: its fast tokenizer.
+        positive: prompts that show the behaviour, as text or message lists.
+        negative: prompts that do not.
+        position: ``t_post`` (last token of the templated prompt), ``t_inst`` (last of the instruction) or one counted from
+            the end.
+        site: ``resid_pre`` (input of block ``l``) or ``resid_post`` (its raw output), layers ``0..L-1``. ``resid_pre[0]`` is
+            left out where all prompts read the same token at the position (always so at ``t_post``).
+        batch_size: prompts per forward.
+        system, template, options: see :func:`~steerkern.extraction.template.render`.
+        name: of the directions.
+        progress: show a bar on a terminal.
+
+    Raises:
+        ValueError: an empty or one-sided set, equal means, NaN or Inf in a state (naming the layer), an unknown site.
+
+    >>> from steerkern import organism
+    >>> model, tokenizer = organism.load()
+    >>> harmful = [p.messages for p in organism.prompts("harmful", "train", 8)]
+    >>> harmless = [p.messages for p in organism.prompts("harmless", "train", 8)]
+    >>> list(extract(model, tokenizer, harmful, harmless))
+    [1, 2, 3]
+    """
+    if site not in ("resid_pre", "resid_post"):
+        raise ValueError(f"site must be resid_pre or resid_post, got {site!r}")
+    contrast = means(
+        model,
+        tokenizer,
+        positive,
+        negative,
+        positions=(position,),
+        batch_size=batch_size,
+        system=system,
+        template=template,
+        options=options,
+        progress=progress,
+    )
+    return contrast[position].directions(site, name)
+
+
+def _rows(stack: Tensor, site: str) -> Tensor:
+    if site == "resid_pre":
+        return stack[:-1]
+    if site == "resid_post":
+        return stack[1:]
+    raise ValueError(f"site must be resid_pre or resid_post, got {site!r}")
+
+
+def _means(
+    model: nn.Module,
+    side: str,
+    rendered: Sequence[Rendered],
+    positions: Sequence[Position],
+    batch_size: int,
+    progress: bool,
+) -> list[Means]:
+    total = squares = torch.zeros((), dtype=torch.float64)
+    stream = capture(model, rendered, positions, batch_size=batch_size, progress=progress, label=f"reading {side}")
+    for batch in stream:
+        _check_finite(batch, side, positions)
+        wide = batch.states.double()
+        total = total + wide.sum(1)
+        squares = squares + wide.square().sum(1)
+    n = len(rendered)
+    mean = total / n
+    variance = (squares / n - mean.square()).clamp_min(0)
+    return [Means(position, n, mean[:, p].clone(), variance[:, p].clone()) for p, position in enumerate(positions)]
+
+
+def _check_finite(batch: Captured, side: str, positions: Sequence[Position]) -> None:
+    finite = batch.states.isfinite().all(-1)  # [L+1, n, P]
+    if bool(finite.all()):
+        return
+    layer, row, place = (int(i) for i in (~finite).nonzero()[0])
+    last = finite.shape[0] - 1
+    where = f"layer {last - 1} (output)" if layer == last else f"layer {layer}"
+    raise ValueError(f"{where}: NaN or Inf in the state of {side} prompt {batch.prompts[row]} at {positions[place]}")
+
+
+def _fingerprint(model: nn.Module) -> Fingerprint:
+    _, blocks = find_decoder(model)
+    return Fingerprint(str(model.config.model_type), int(text_config(model).hidden_size), len(blocks))  # type: ignore[union-attr]
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    plain = [p if isinstance(p, str) else [dict(message) for message in p] for p in prompts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def _template_record(tokenizer: Any, template: str | None, options: Mapping[str, Any] | None) -> dict[str, Any] | str:
+    if template is None or template == "plain":
+        return "plain"
+    text: str = tokenizer.get_chat_template() if template == "chat" else template
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "options": dict(options or {})}
+
+
+def _short(name: object) -> str:
+    """A hub id as it is; of a local folder only its name, so that no one's paths travel with a file."""
+    text = str(name)
+    return Path(text).name if Path(text).is_absolute() or text.count("/") != 1 else text
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__
