@@ -108,7 +108,7 @@ PYBIND11_MODULE(_C, m) {
   using steerkern::Steer;
   m.doc() = "Native kernels of steerkern: addresses and sizes in, see steerkern/ops/cpu.py.";
   const py::custom_type_setup callable([](PyHeapTypeObject* type) { type->ht_type.tp_call = steerkern::call_steer; });
-  py::class_<Steer>(m, "Steer", callable)
+  py::class_<Steer>(m, "Steer", callable, py::module_local())
       .def(py::init<int64_t, int, int, float>(), py::arg("width"), py::arg("dtype"), py::arg("norm"), py::arg("eps"))
       .def("bind", &Steer::bind, py::arg("bank"), py::arg("rows"), py::arg("links"), py::arg("fields"),
            py::arg("entries"), py::arg("span"), py::arg("slots"), py::arg("gain"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +15,11 @@ from torch import Tensor
 from .artifacts import (
     Fingerprint,
     check_name,
+    expect,
     fingerprint_from_json,
     fingerprint_to_json,
     read_folder,
+    take,
     write_folder,
 )
 from .errors import ArtifactError
@@ -24,7 +28,7 @@ SITES = ("resid_pre", "resid_mid", "resid_post")
 """Residual sites by their interpretability names; ``resid_post[l]`` is the same tensor as ``resid_pre[l + 1]``."""
 
 
-def check_vector(vector: Tensor, what: str) -> Tensor:
+def check_vector(vector: object, what: str) -> Tensor:
     """Return ``vector [H]`` as a float32 CPU copy; NaN, Inf and zero norm raise ValueError."""
     if not isinstance(vector, Tensor):
         raise TypeError(f"{what} must be a tensor, got {type(vector).__name__}")
@@ -38,14 +42,40 @@ def check_vector(vector: Tensor, what: str) -> Tensor:
     return vector
 
 
+def check_layer(layer: object) -> int:
+    """Return ``layer`` if it is a whole number from 0, else raise ValueError."""
+    if type(layer) is not int or layer < 0:
+        raise ValueError(f"layer must be a whole number from 0, got {reprlib.repr(layer)}")
+    return layer
+
+
+def check_site(site: object) -> str:
+    """Return ``site`` if it is one of :data:`SITES`, else raise ValueError."""
+    if not isinstance(site, str) or site not in SITES:
+        raise ValueError(f"site must be one of {', '.join(SITES)}, got {reprlib.repr(site)}")
+    return site
+
+
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """One vector of the residual stream at one layer; ``raw [H]`` is what difference-of-means methods add."""
+    """One vector of the residual stream at one layer; ``raw [H]`` is what difference-of-means methods add.
+
+    Raises:
+        TypeError: ``raw`` is not a tensor.
+        ValueError: NaN, Inf, zero norm, an unknown site, a negative layer, or a width that is not the model's.
+    """
 
     raw: Tensor
     layer: int
     site: str = "resid_pre"
     model: Fingerprint | None = None
+
+    def __post_init__(self) -> None:
+        check_layer(self.layer)
+        check_site(self.site)
+        object.__setattr__(self, "raw", check_vector(self.raw, f"direction of layer {self.layer}"))
+        if self.model is not None and self.model.width != self.raw.numel():
+            raise ValueError(f"direction of layer {self.layer} has width {self.raw.numel()}, the model is {self.model}")
 
     @property
     def norm(self) -> float:
@@ -66,6 +96,11 @@ class Directions(Mapping[int, Direction]):
     >>> directions = Directions.of({0: torch.tensor([3.0, 4.0])}, name="toy")
     >>> directions[0].norm
     5.0
+
+    Raises:
+        TypeError: something else than a :class:`Direction`.
+        ValueError: no direction, widths that differ, a direction of another layer, site or model, or provenance that
+            is not JSON.
     """
 
     by_layer: Mapping[int, Direction]
@@ -73,6 +108,26 @@ class Directions(Mapping[int, Direction]):
     name: str = "directions"
     model: Fingerprint | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "name")
+        check_site(self.site)
+        if not self.by_layer:
+            raise ValueError("directions need at least one layer, got none")
+        for layer, one in self.by_layer.items():
+            if not isinstance(one, Direction):
+                raise TypeError(f"layer {layer}: expected a Direction, got {type(one).__name__}; Directions.of takes tensors")
+            if (one.layer, one.site, one.model) != (layer, self.site, self.model):
+                raise ValueError(f"layer {layer}: got the direction of {one.site}[{one.layer}], model {one.model}")
+        widths = {one.raw.numel() for one in self.by_layer.values()}
+        if len(widths) > 1:
+            raise ValueError(f"directions must have one width, got {sorted(widths)}")
+        try:
+            record = json.loads(json.dumps(dict(self.provenance), allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"provenance must be JSON: {error}") from None
+        object.__setattr__(self, "by_layer", dict(sorted(self.by_layer.items())))
+        object.__setattr__(self, "provenance", record)
 
     @staticmethod
     def of(
@@ -85,32 +140,17 @@ class Directions(Mapping[int, Direction]):
         """Build from raw vectors ``{layer: [H]}``.
 
         Raises:
+            TypeError: a vector that is not a tensor.
             ValueError: no vector, widths that differ, NaN, Inf, zero norm, an unknown site or a negative layer.
         """
-        check_name(name, "name")
-        if site not in SITES:
-            raise ValueError(f"site must be one of {', '.join(SITES)}, got {site!r}")
-        if not vectors:
-            raise ValueError("directions need at least one layer, got none")
-        for layer in vectors:
-            if type(layer) is not int or layer < 0:
-                raise ValueError(f"layer must be a number from 0, got {layer!r}")
-        made = {
-            layer: Direction(check_vector(vectors[layer], f"direction of layer {layer}"), layer, site, model)
-            for layer in sorted(vectors)
-        }
-        widths = {d.raw.numel() for d in made.values()}
-        if len(widths) > 1:
-            raise ValueError(f"directions must have one width, got {sorted(widths)}")
-        if model is not None and widths != {model.width}:
-            raise ValueError(f"directions have width {widths.pop()}, the model is {model}")
-        return Directions(made, site, name, model, dict(provenance or {}))
+        made = {layer: Direction(vector, layer, site, model) for layer, vector in vectors.items()}
+        return Directions(made, site, name, model, provenance or {})
 
     def __getitem__(self, layer: int) -> Direction:
         try:
             return self.by_layer[layer]
         except KeyError:
-            raise KeyError(f"layer {layer}: {self.name!r} has layers {min(self.by_layer)}..{max(self.by_layer)}") from None
+            raise KeyError(f"layer {layer}: {self.name!r} has layers {list(self.by_layer)}") from None
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.by_layer)
@@ -124,13 +164,17 @@ class Directions(Mapping[int, Direction]):
         return next(iter(self.by_layer.values())).raw.numel()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``directions.json`` and ``directions.safetensors`` (raw rows ``[layers, H]``)."""
+        """Write ``directions.json`` and ``directions.safetensors`` (raw rows ``[layers, H]``).
+
+        Raises:
+            ArtifactError: the folder cannot be written, or the directions are over a limit of the format.
+        """
         header = {
             "name": self.name,
             "site": self.site,
             "layers": list(self),
             "model": fingerprint_to_json(self.model),
-            "provenance": dict(self.provenance),
+            "provenance": self.provenance,
         }
         write_folder(folder, "directions", header, {"raw": torch.stack([d.raw for d in self.values()])})
 
@@ -142,21 +186,21 @@ class Directions(Mapping[int, Direction]):
             ArtifactError: naming the file and what is wrong with it.
         """
         header, tensors = read_folder(source, "directions")
-        layers, raw = header.get("layers"), tensors.get("raw")
-        if not isinstance(layers, list) or raw is None or raw.dim() != 2 or len(layers) != raw.shape[0]:
-            raise ArtifactError("directions.json must list one layer per row of the tensor 'raw'")
-        if len(set(map(str, layers))) != len(layers):
-            raise ArtifactError("directions.json lists a layer twice")
-        provenance = header.get("provenance", {})
-        if not isinstance(provenance, dict):
-            raise ArtifactError(f"provenance must be an object, got {type(provenance).__name__}")
         try:
+            take(header, "the file", ("name", "site", "layers", "model", "provenance"))
+            layers = [check_layer(layer) for layer in expect(header["layers"], list, "layers")]
+            raw = tensors.get("raw")
+            if raw is None or raw.dim() != 2 or len(layers) != raw.shape[0]:
+                seen = "none" if raw is None else list(raw.shape)
+                raise ValueError(f"{len(layers)} layers need a tensor 'raw' of {len(layers)} rows, got {seen}")
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"layers must be listed once, got {reprlib.repr(layers)}")
             return Directions.of(
                 dict(zip(layers, raw, strict=True)),
-                header.get("site", "resid_pre"),
-                header.get("name", "directions"),
-                fingerprint_from_json(header.get("model")),
-                provenance,
+                header["site"],
+                header["name"],
+                fingerprint_from_json(header["model"]),
+                expect(header["provenance"], dict, "provenance"),
             )
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ArtifactError(f"directions.json: {error}") from None

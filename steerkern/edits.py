@@ -11,6 +11,7 @@ so an :class:`Edit` is a set of directions and, per direction, the four numbers 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Union
@@ -19,15 +20,61 @@ import torch
 from torch import Tensor
 
 from .artifacts import Fingerprint
-from .directions import Direction, Directions, check_vector
+from .directions import Direction, check_layer, check_vector
 from .ops.schemas import MAX_ENTRIES
 
 Vector = Union[Tensor, Direction]
-Source = Union[Vector, Sequence[Vector], Directions, Mapping[int, Tensor]]
-"""One vector for every layer, several vectors (a subspace), or one vector per layer."""
+Several = Union[Vector, Sequence[Vector]]
+Source = Union[Several, Mapping[int, Several]]
+"""One vector or several (a tensor ``[k, H]`` is several) for every layer, or the same per layer: a mapping such as
+:class:`~steerkern.directions.Directions`."""
 
-KINDS = ("add", "ablate", "clamp", "cap", "rotate", "probe")
 _INF = math.inf
+_FIXED: dict[str, dict[str, float]] = {
+    "add": {"beta": 0.0, "lo": -_INF, "hi": _INF},
+    "ablate": {"alpha": 0.0, "lo": -_INF, "hi": _INF},
+    "clamp": {"beta": 1.0, "lo": -_INF, "hi": _INF},
+    "cap": {"alpha": 0.0, "beta": 0.0},
+    "rotate": {"beta": 0.0, "lo": -_INF, "hi": _INF},
+    "probe": {"alpha": 0.0, "beta": 0.0, "lo": -_INF, "hi": _INF},
+}
+KINDS = tuple(_FIXED)
+MAP = ("alpha", "beta", "lo", "hi")
+
+_UNIT = 1e-5
+"""A unit row rounded to float32 is off by less than 1e-6; this only finds rows that were never unit."""
+
+
+def finite(value: object, what: str, *, nonzero: bool = False) -> float:
+    """Return a number as float if float32, the dtype of the tables, holds it (and, if asked, not as 0).
+
+    Raises:
+        TypeError: not a number.
+        ValueError: NaN, Inf, beyond float32, or zero.
+    """
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        number = _INF
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{what} must be a number, got {reprlib.repr(value)}") from None
+    held = float(torch.tensor(number, dtype=torch.float32))
+    if not math.isfinite(held) or (nonzero and held == 0.0):
+        raise ValueError(f"{what} must be finite{' and not 0' if nonzero else ''} in float32, got {number}")
+    return number
+
+
+def interval(lo: object, hi: object, what: str) -> tuple[float, float]:
+    """``[lo, hi]``, open below (-inf) or above (inf) but not both; else ValueError."""
+    low = -_INF if lo == -_INF else finite(lo, f"lo of {what}")
+    high = _INF if hi == _INF else finite(hi, f"hi of {what}")
+    if low > high:
+        raise ValueError(f"{what} needs lo <= hi, got [{low}, {high}]")
+    if (low, high) == (-_INF, _INF):
+        raise ValueError(f"{what} needs lo or hi: the interval [-inf, inf] bounds nothing")
+    return low, high
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +91,21 @@ class Rows:
     lo: tuple[float, ...]
     hi: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if self.vectors.dim() != 2 or self.vectors.dtype != torch.float32:
+            raise ValueError(f"vectors must be float32 [k, H], got {self.vectors.dtype} {list(self.vectors.shape)}")
+        k = len(self.vectors)
+        if not 1 <= k <= MAX_ENTRIES:
+            raise ValueError(f"an edit takes 1 to {MAX_ENTRIES} vectors, got {k}")
+        for i, vector in enumerate(self.vectors):
+            check_vector(vector, f"vector {i}")
+        for name in ("norms", *MAP):
+            if len(getattr(self, name)) != k:
+                raise ValueError(f"{k} vectors need {k} {name}, got {len(getattr(self, name))}")
+        for name in ("norms", "alpha", "beta"):
+            for x in getattr(self, name):
+                finite(x, name, nonzero=name == "norms")
+
 
 @dataclass(frozen=True, eq=False)
 class Gate:
@@ -54,12 +116,22 @@ class Gate:
     hi: float
     cosine: bool
 
+    def __post_init__(self) -> None:
+        interval(self.lo, self.hi, "gate")
+        if self.cosine and (self.lo > 1.0 or self.hi < -1.0 or (self.lo <= -1.0 and self.hi >= 1.0)):
+            raise ValueError(f"a cosine lies in [-1, 1]: the gate [{self.lo}, {self.hi}] never opens or never closes")
+        _check_unit(check_vector(self.unit, "gate direction")[None], "gate direction")
+
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A map on coordinates, per layer (key ``None``: the same at every layer).
+    """A map on coordinates, per layer (key ``None``: the same at every layer); made by :func:`add` and its siblings.
 
     ``orthonormalised`` says that the given vectors were replaced by an orthonormal basis of their span.
+
+    Raises:
+        ValueError: a map that is not of this kind, vectors that are not unit where the kind needs that, or parts that
+            differ in width or model.
     """
 
     kind: str
@@ -67,6 +139,21 @@ class Edit:
     gate: Gate | None = None
     model: Fingerprint | None = None
     orthonormalised: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {reprlib.repr(self.kind)}")
+        if not self.rows or (None in self.rows and len(self.rows) > 1):
+            raise ValueError(f"{self.kind} needs one set of vectors for any layer, or one per layer")
+        shapes = {tuple(rows.vectors.shape) for rows in self.rows.values()}
+        if len(shapes) > 1:
+            raise ValueError(f"{self.kind} needs as many vectors of the same width at every layer, got {sorted(shapes)}")
+        for layer, rows in self.rows.items():
+            _check_map(self.kind, rows, self.kind if layer is None else f"{self.kind} at layer {check_layer(layer)}")
+        if self.model is not None and self.model.width != self.width:
+            raise ValueError(f"{self.kind} vectors have width {self.width}, the model is {self.model}")
+        if self.gate is not None and self.gate.unit.numel() != self.width:
+            raise ValueError(f"gate has width {self.gate.unit.numel()}, the edit has {self.width}")
 
     @property
     def width(self) -> int:
@@ -77,6 +164,11 @@ class Edit:
     def rank(self) -> int:
         """Directions per layer."""
         return next(iter(self.rows.values())).vectors.shape[0]
+
+    @property
+    def entries(self) -> int:
+        """Table entries per layer: the directions and the gate's."""
+        return self.rank + (self.gate is not None)
 
     @property
     def layers(self) -> tuple[int, ...] | None:
@@ -90,19 +182,14 @@ class Edit:
         The condition reads the row as it arrived (CAST, arXiv 2409.05907, in its row-local form).
 
         Raises:
-            ValueError: an interval that is empty or that bounds nothing, or a condition of another width.
+            ValueError: an interval that is empty or that bounds nothing, a condition of another width or model, or an
+                edit that has a gate already.
         """
-        lo, hi = float(lo), float(hi)
-        if not lo <= hi:
-            raise ValueError(f"gate needs lo <= hi, got [{lo}, {hi}]")
-        if lo == -_INF and hi == _INF:
-            raise ValueError("gate needs lo or hi: the interval [-inf, inf] is always open")
-        if cosine and (lo > 1.0 or hi < -1.0):
-            raise ValueError(f"a cosine lies in [-1, 1], got the interval [{lo}, {hi}]")
-        unit = _unit(condition)
-        if unit.numel() != self.width:
-            raise ValueError(f"gate has width {unit.numel()}, the edit has {self.width}")
-        return replace(self, gate=Gate(unit, lo, hi, cosine))
+        if self.gate is not None:
+            raise ValueError(f"{self.kind} has a gate already: an edit takes one")
+        low, high = interval(lo, hi, "gate")
+        unit = _unit(_stack((condition,), "gate direction"))[0].float()
+        return replace(self, gate=Gate(unit, low, high, bool(cosine)), model=_model([self, condition], "gate and edit"))
 
 
 def add(source: Source, coefficient: float = 1.0) -> Edit:
@@ -111,40 +198,47 @@ def add(source: Source, coefficient: float = 1.0) -> Edit:
     ``v`` is the raw vector: a tensor as given, a :class:`Direction` times its norm (``direction.unit`` adds the unit
     vector). Several vectors are added together.
 
+    Raises:
+        TypeError: something else than tensors or Directions.
+        ValueError: NaN, Inf, zero norm, widths or models that differ, more than 64 vectors, a coefficient of 0.
+
     >>> import torch
     >>> add(torch.ones(4), 0.5).kind
     'add'
     """
-    c = _finite(coefficient, "coefficient")
-    if c == 0.0:
-        raise ValueError("coefficient must not be 0: the edit would do nothing")
-    return _edit("add", source, raw=True, alpha=c)
+    return _edit("add", source, alpha=finite(coefficient, "coefficient", nonzero=True))
 
 
 def ablate(source: Source, amount: float = 1.0) -> Edit:
     r"""``h - amount * V^T V h``: directional ablation (arXiv 2406.11717); ``amount`` below 1 removes a part.
 
     Several vectors are orthonormalised and removed as a subspace.
+
+    Raises:
+        TypeError, ValueError: as for :func:`add`; also a vector in the span of the ones before it.
     """
-    amount = _finite(amount, "amount")
-    if amount == 0.0:
-        raise ValueError("amount must not be 0: the edit would do nothing")
-    return _edit("ablate", source, beta=amount)
+    return _edit("ablate", source, beta=finite(amount, "amount", nonzero=True))
 
 
 def clamp(source: Source, target: float) -> Edit:
-    """Set the coordinate along the unit direction to ``target`` (residual units); ``target`` of a mean is affine ablation."""
-    return _edit("clamp", source, alpha=_finite(target, "target"), beta=1.0)
+    """Set the coordinate along the unit direction to ``target`` (residual units); a mean's target is affine ablation.
+
+    Several directions act simultaneously: they reach the target where they are orthogonal.
+
+    Raises:
+        TypeError, ValueError: as for :func:`add`.
+    """
+    return _edit("clamp", source, alpha=finite(target, "target"), beta=1.0)
 
 
 def cap(source: Source, lo: float = -_INF, hi: float = _INF) -> Edit:
-    """Keep the coordinate along the unit direction inside ``[lo, hi]``; rows inside keep their bits."""
-    lo, hi = float(lo), float(hi)
-    if not lo <= hi:
-        raise ValueError(f"cap needs lo <= hi, got [{lo}, {hi}]")
-    if lo == -_INF and hi == _INF:
-        raise ValueError("cap needs lo or hi: the interval [-inf, inf] bounds nothing")
-    return _edit("cap", source, lo=lo, hi=hi)
+    """Keep the coordinate along the unit direction inside ``[lo, hi]``; rows inside keep their bits.
+
+    Raises:
+        TypeError, ValueError: as for :func:`add`; also an interval that is empty or that bounds nothing.
+    """
+    low, high = interval(lo, hi, "cap")
+    return _edit("cap", source, lo=low, hi=high)
 
 
 def rotate(first: Vector, second: Vector, degrees: float) -> Edit:
@@ -152,15 +246,20 @@ def rotate(first: Vector, second: Vector, degrees: float) -> Edit:
 
     ``b1`` is the first vector's unit, ``b2`` the second's part orthogonal to it; ``|P h|`` stays
     (Angular Steering, arXiv 2510.26243: an absolute target angle).
+
+    Raises:
+        TypeError, ValueError: as for :func:`add`; also two vectors that span no plane.
     """
-    angle = math.radians(_finite(degrees, "degrees"))
-    edit = _edit("rotate", (first, second))
-    rows = edit.rows[None]
-    return replace(edit, rows={None: replace(rows, alpha=(math.cos(angle), math.sin(angle)))})
+    angle = math.radians(finite(degrees, "degrees"))
+    return _edit("rotate", (first, second), alpha=(math.cos(angle), math.sin(angle)))
 
 
 def probe(source: Source) -> Edit:
-    """Read the coordinates along unit directions without changing the row."""
+    """Read the coordinates along unit directions without changing the row.
+
+    Raises:
+        TypeError, ValueError: as for :func:`add`.
+    """
     return _edit("probe", source)
 
 
@@ -168,82 +267,111 @@ def _edit(
     kind: str,
     source: Source,
     *,
-    raw: bool = False,
-    alpha: float = 0.0,
+    alpha: float | tuple[float, ...] = 0.0,
     beta: float = 0.0,
     lo: float = -_INF,
     hi: float = _INF,
 ) -> Edit:
-    subspace = kind in ("ablate", "rotate")
-    given = _by_layer(source)
+    given = _by_layer(source, kind)
     rows: dict[int | None, Rows] = {}
+    several = False
     for layer, vectors in given.items():
-        where = "" if layer is None else f" of layer {layer}"
-        k = len(vectors)
-        if not 1 <= k <= MAX_ENTRIES:
-            raise ValueError(f"{kind} takes 1 to {MAX_ENTRIES} vectors{where}, got {k}")
-        stack = torch.stack([check_vector(_raw(v), f"{kind} vector{where}") for v in vectors])
+        where = kind if layer is None else f"{kind} at layer {layer}"
+        stack = _stack(vectors, f"{where}: vector")
         norms = stack.double().norm(dim=1)
-        if not raw:
-            stack = (_orthonormal(stack, kind + where) if subspace else stack.double() / norms[:, None]).float()
-        rows[layer] = Rows(stack, tuple(norms.tolist()), (alpha,) * k, (beta,) * k, (lo,) * k, (hi,) * k)
-    if len({r.vectors.shape for r in rows.values()}) > 1:
-        raise ValueError(f"{kind} vectors must have one width at every layer")
-    models = {v.model for vectors in given.values() for v in vectors if isinstance(v, Direction)} - {None}
+        k = len(stack)
+        several = k > 1
+        if kind in ("ablate", "rotate") and several:
+            stack = _orthonormal(stack, where).float()
+        elif kind != "add":
+            stack = _unit(stack).float()
+        alphas = alpha if isinstance(alpha, tuple) else (alpha,) * k
+        rows[layer] = Rows(stack, tuple(norms.tolist()), alphas, (beta,) * k, (lo,) * k, (hi,) * k)
+    model = _model([v for vectors in given.values() for v in vectors], f"{kind} vectors")
+    return Edit(kind, rows, None, model, several and kind in ("ablate", "rotate"))
+
+
+def _by_layer(source: Source, kind: str) -> dict[int | None, Sequence[Vector]]:
+    if not isinstance(source, Mapping):
+        return {None: _several(source, kind)}
+    if not source:
+        raise ValueError(f"{kind} needs at least one layer, got an empty mapping")
+    return {check_layer(layer): _several(vectors, f"{kind} at layer {layer}") for layer, vectors in source.items()}
+
+
+def _several(source: Several, what: str) -> Sequence[Vector]:
+    if isinstance(source, Direction):
+        return (source,)
+    if isinstance(source, Tensor):
+        return source.unbind() if source.dim() == 2 else (source,)
+    if isinstance(source, (list, tuple)):
+        return source
+    raise TypeError(f"{what} takes tensors, Directions or a mapping of layers, got {type(source).__name__}")
+
+
+def _stack(vectors: Sequence[Vector], what: str) -> Tensor:
+    """``[k, H]`` float32, each vector checked."""
+    if not 1 <= len(vectors) <= MAX_ENTRIES:
+        raise ValueError(f"{what}s must be 1 to {MAX_ENTRIES}, got {len(vectors)}")
+    checked = [v.raw if isinstance(v, Direction) else check_vector(v, what) for v in vectors]
+    widths = {v.numel() for v in checked}
+    if len(widths) > 1:
+        raise ValueError(f"{what}s must have one width, got {sorted(widths)}")
+    return torch.stack(checked)
+
+
+def _model(parts: Sequence[Edit | Vector], what: str) -> Fingerprint | None:
+    """The one model that the parts come from, where any says so."""
+    models = {part.model for part in parts if not isinstance(part, Tensor)} - {None}
     if len(models) > 1:
-        raise ValueError(f"{kind} vectors come from different models: {', '.join(map(str, models))}")
-    several = len(next(iter(given.values()))) > 1
-    return Edit(kind, rows, None, models.pop() if models else None, subspace and several)
+        raise ValueError(f"{what} come from different models: {', '.join(sorted(map(str, models)))}")
+    return models.pop() if models else None
 
 
-def _by_layer(source: Source) -> dict[int | None, tuple[Vector, ...]]:
-    if isinstance(source, (Tensor, Direction)):
-        if isinstance(source, Tensor) and source.dim() == 2:
-            return {None: tuple(source)}
-        return {None: (source,)}
-    if isinstance(source, Directions):
-        return {layer: (direction,) for layer, direction in source.items()}
-    if isinstance(source, Mapping):
-        if not source:
-            raise ValueError("vectors per layer: got an empty mapping")
-        for layer in source:
-            if type(layer) is not int or layer < 0:
-                raise ValueError(f"layer must be a number from 0, got {layer!r}")
-        return {layer: tuple(v) if v.dim() == 2 else (v,) for layer, v in source.items()}
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        widths = {_raw(v).numel() for v in source}
-        if len(widths) > 1:
-            raise ValueError(f"vectors must have one width, got {sorted(widths)}")
-        return {None: tuple(source)}
-    raise TypeError(f"vectors must be tensors, Directions or a mapping of layers, got {type(source).__name__}")
+def _unit(stack: Tensor) -> Tensor:
+    """Rows of norm 1, in fp64."""
+    wide = stack.double()
+    return wide / wide.norm(dim=1, keepdim=True)
 
 
-def _raw(vector: Vector) -> Tensor:
-    return vector.raw if isinstance(vector, Direction) else vector
-
-
-def _unit(vector: Vector) -> Tensor:
-    checked = check_vector(_raw(vector), "gate direction").double()
-    return (checked / checked.norm()).float()
-
-
-def _orthonormal(stack: Tensor, what: str) -> Tensor:
+def _orthonormal(stack: Tensor, where: str) -> Tensor:
     """Gram-Schmidt in fp64, twice, keeping the order; dependent vectors raise."""
     basis: list[Tensor] = []
-    for i, vector in enumerate(stack.double()):
-        rest = vector.clone()
+    for i, vector in enumerate(_unit(stack)):
+        rest = vector
         for _ in range(2):
             for b in basis:
-                rest = rest - (rest @ b) * b
+                rest = rest - torch.dot(rest, b) * b
         norm = float(rest.norm())
-        if norm < 1e-5 * float(vector.norm()):
-            raise ValueError(f"{what}: vector {i} lies in the span of the ones before it")
+        if norm < _UNIT:
+            raise ValueError(f"{where}: vector {i} lies in the span of the ones before it")
         basis.append(rest / norm)
     return torch.stack(basis)
 
 
-def _finite(value: float, what: str) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{what} must be finite, got {number}")
-    return number
+def _check_unit(stack: Tensor, what: str) -> None:
+    norms = stack.double().norm(dim=1)
+    if bool((norms - 1).abs().max() > _UNIT):
+        raise ValueError(f"{what} must have norm 1, got {norms.tolist()}")
+
+
+def _check_map(kind: str, rows: Rows, where: str) -> None:
+    """Raise unless the numbers are a map of this kind on vectors of this kind."""
+    for name, value in _FIXED[kind].items():
+        if any(x != value for x in getattr(rows, name)):
+            raise ValueError(f"{where} needs {name} {value}, got {reprlib.repr(getattr(rows, name))}")
+    if kind == "cap":
+        for lo, hi in zip(rows.lo, rows.hi, strict=True):
+            interval(lo, hi, where)
+    if kind == "add":
+        return
+    _check_unit(rows.vectors, f"{where}: vectors")
+    if kind in ("ablate", "rotate"):
+        wide = rows.vectors.double()
+        if bool((wide @ wide.T - torch.eye(len(wide), dtype=torch.float64)).abs().max() > _UNIT):
+            raise ValueError(f"{where} needs orthogonal vectors")
+    if kind == "rotate":
+        if len(rows.vectors) != 2:
+            raise ValueError(f"{where} needs two vectors, got {len(rows.vectors)}")
+        if abs(math.hypot(*rows.alpha) - 1) > _UNIT:
+            raise ValueError(f"{where} needs the cosine and sine of an angle, got {rows.alpha}")

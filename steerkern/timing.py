@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor, nn
+
+from .plan import Plan
+from .runtime.session import steer
+from .runtime.sites import block_input, find_decoder
 
 
 class Quartiles(NamedTuple):
@@ -125,3 +130,55 @@ def _once(contender: Contender, synchronize: Callable[[], object] | None) -> flo
         contender.run()
         wait()
         return time.perf_counter() - start
+
+
+def decode_contenders(model: Any, inputs: Mapping[str, Any], tokens: int, plan: Plan, unit: Tensor) -> list[Contender]:
+    """Greedy ``model.generate`` of ``tokens`` tokens, four ways.
+
+    ``stock`` is the model as it is; ``hook`` ablates ``unit [H]`` at the input of every block by the usual forward
+    pre-hook; ``fused`` is a session whose rows carry no plan; ``steerkern`` steers every row by ``plan``, which should
+    do what the hook does.
+    """
+    rows = inputs["input_ids"].shape[0]
+
+    def run() -> Tensor:
+        return generate_exactly(model, inputs, tokens)
+
+    @contextlib.contextmanager
+    def unsteered() -> Iterator[None]:
+        with steer(model, plan, silent="ignore") as session:
+            session.rows([None] * rows)
+            yield
+
+    return [
+        Contender("stock", run),
+        Contender("hook", run, lambda: ablation_hooks(model, unit)),
+        Contender("fused", run, unsteered),
+        Contender("steerkern", run, lambda: steer(model, plan)),
+    ]
+
+
+def generate_exactly(model: Any, inputs: Mapping[str, Any], tokens: int) -> Tensor:
+    """Greedy continuation ``[B, tokens]``, no row ending early."""
+    made: Tensor = model.generate(**inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+    return made[:, inputs["input_ids"].shape[1] :]
+
+
+@contextlib.contextmanager
+def ablation_hooks(model: nn.Module, unit: Tensor) -> Iterator[None]:
+    """Ablate ``unit [H]`` at the input of every block as steering is commonly written: a forward pre-hook per block."""
+
+    def ablate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        h = block_input(args, kwargs)
+        edited = h - (h @ v).unsqueeze(-1) * v
+        return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
+
+    _, blocks = find_decoder(model)
+    parameter = next(blocks.parameters())
+    v = unit.to(parameter.device, parameter.dtype)
+    handles = [block.register_forward_pre_hook(ablate, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -182,8 +182,6 @@ template <Norm norm, class T>
 void scale_row(const T* h, const T* weight, T* y, int64_t width, float scale) {
   map_pairs(h, weight, weight, y, width, [&](const T* h, const T* w, const T*, T* y) STEER_LAMBDA {
     const Pair x = load_pair(h);
-    __builtin_prefetch((const char*)(h + width), 1, 3);
-    if (sizeof(T) == 4) __builtin_prefetch((const char*)(h + width) + 64, 1, 3);
     Lanes one = x.one * fill(scale), two = x.two * fill(scale);
     if (norm != Norm::kNone) {
       Pair factor = load_pair(w);

@@ -24,8 +24,8 @@ from .template import Position, Rendered
 class Captured:
     """One batch of states.
 
-    ``states [L+1, n, P, H]`` lie on the CPU in the model's dtype: rows ``0..L-1`` are ``resid_pre``, row ``L`` is the raw
-    ``resid_post[L-1]``; ``P`` follows the positions asked for. ``prompts`` are the ``n`` numbers of the prompts.
+    ``states [L+1, n, P, H]`` lie on the CPU in the model's dtype: rows ``0..L-1`` are ``resid_pre``, row ``L`` is the
+    raw ``resid_post[L-1]``; ``P`` follows the positions asked for. ``prompts`` are the numbers of the ``n`` prompts.
     """
 
     prompts: tuple[int, ...]
@@ -44,9 +44,9 @@ def capture(
     """Run the model over prompts and hand out their states at ``positions``, batch by batch, longest prompts first.
 
     Only the chosen rows leave a block's hook, so a batch holds ``(L+1) * n * P * H`` numbers whatever the prompts'
-    length. The decoder is called without its language-model head and without a cache, in evaluation mode; hooks and mode
-    are put back before a batch is handed out. A session may be attached: the states are then those of the steered model,
-    at a fused site as they arrive (before that site's own edit), at an unfused one after it.
+    length. The decoder is called without its language-model head and without a cache, in evaluation mode; hooks and
+    mode are put back before a batch is handed out. A session may be attached: the states are then those of the steered
+    model, at a fused site as they arrive (before that site's own edit), at an unfused ``resid_pre`` after it.
 
     Raises:
         ValueError: no prompt, no position, a position outside a prompt, more tokens than the model has positions, token
@@ -92,8 +92,8 @@ def check_prompts(model: nn.Module, rendered: Sequence[Rendered]) -> None:
     for i, prompt in enumerate(rendered):
         if isinstance(limit, int) and len(prompt.ids) > limit:
             raise ValueError(f"prompt {i} has {len(prompt.ids)} tokens, the model has {limit} positions")
-        if max(prompt.ids) >= known:
-            raise ValueError(f"prompt {i} has token {max(prompt.ids)}, the model knows 0..{known - 1}: is this its tokenizer?")
+        if (token := max(prompt.ids)) >= known:
+            raise ValueError(f"prompt {i} has token {token}, the model knows 0..{known - 1}: is this its tokenizer?")
 
 
 def _stream(
@@ -133,7 +133,7 @@ def _read(decoder: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Any], col
 
     def keep(layer: int, state: Tensor) -> None:
         if state.dim() != 3 or state.shape[0] != columns.shape[0]:
-            raise PlanError(f"layer {layer}: the block's state has shape {list(state.shape)}, steerkern reads [B, S, H]")
+            raise PlanError(f"layer {layer}: the block's state has shape {list(state.shape)}, readable are [B, S, H]")
         here = columns.to(state.device)
         kept[layer] = state[torch.arange(len(here), device=state.device)[:, None], here]
 

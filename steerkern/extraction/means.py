@@ -27,8 +27,8 @@ _SAME = 1e-9
 class Means:
     """Mean and variance of one set of prompts at one position.
 
-    ``mean`` and ``variance`` are float64 ``[L+1, H]``: rows ``0..L-1`` are ``resid_pre``, row ``L`` is the raw output of
-    the last block. The variance divides by ``n``.
+    ``mean`` and ``variance`` are float64 ``[L+1, H]``: rows ``0..L-1`` are ``resid_pre``, row ``L`` is the raw output
+    of the last block. The variance divides by ``n``.
     """
 
     position: Position
@@ -53,8 +53,8 @@ class Contrast:
     def directions(self, site: str = "resid_pre", name: str = "directions") -> Directions:
         """``positive - negative`` per layer, raw.
 
-        Where all prompts read the same token at the position, ``resid_pre[0]`` is the same embedding on both sides and has
-        no direction; that layer is left out and the provenance lists it.
+        Where all prompts read the same token at the position, ``resid_pre[0]`` is the same embedding on both sides and
+        has no direction; that layer is left out and the provenance lists it.
 
         Raises:
             ValueError: another site, or equal means at any other layer.
@@ -63,12 +63,12 @@ class Contrast:
         difference = up - down
         size = torch.maximum(up.norm(dim=1), down.norm(dim=1))
         same = [layer for layer in range(len(up)) if float(difference[layer].norm()) <= _SAME * float(size[layer])]
-        if same and (site != "resid_pre" or same != [0] or len(up) == 1):
-            layer = next(layer for layer in same if layer or len(same) == len(up) or site != "resid_pre")
-            raise ValueError(
-                f"layer {layer}: positive and negative have the same mean at {self.positive.position}, "
-                f"so {name!r} has no direction there"
-            )
+        for layer in same:
+            if layer > 0 or site != "resid_pre" or len(same) == len(up):
+                raise ValueError(
+                    f"layer {layer}: positive and negative have the same mean at {self.positive.position}, "
+                    f"so {name!r} has no direction there"
+                )
         vectors = {layer: difference[layer].float() for layer in range(len(up)) if layer not in same}
         provenance = {**self.provenance, "method": "difference of means", "position": self.positive.position}
         return Directions.of(vectors, site, name, self.model, {**provenance, "layers_left_out": same})
@@ -106,11 +106,9 @@ def means(
         side: render(tokenizer, prompts, system=system, template=template, options=options)
         for side, prompts in sides.items()
     }
-    for prompts_read in rendered.values():
-        check_prompts(model, prompts_read)
-    made = {
-        side: _means(model, side, prompts_read, positions, batch_size, progress) for side, prompts_read in rendered.items()
-    }
+    for read in rendered.values():
+        check_prompts(model, read)
+    made = {side: _means(model, side, read, positions, batch_size, progress) for side, read in rendered.items()}
     record = {
         **{side: {"n": len(prompts), "sha256": _digest(prompts)} for side, prompts in sides.items()},
         "tokenizer": _short(getattr(tokenizer, "name_or_path", "")),
@@ -144,18 +142,18 @@ def extract(
 ) -> Directions:
     """Difference of means ``mean(positive) - mean(negative)`` at one token, for every layer, raw.
 
-    With harmful prompts as positive and harmless ones as negative: the refusal direction at ``t_post`` (arXiv 2406.11717,
-    step 3), the harmfulness direction at ``t_inst`` (2507.11878). Sums are float64; the same inputs give the same bits.
+    With harmful prompts as positive and harmless ones as negative: the refusal direction at ``t_post`` (arXiv
+    2406.11717), the harmfulness direction at ``t_inst`` (2507.11878). Sums are float64; equal inputs give equal bits.
 
     Args:
         model: a transformers decoder-only model; it may be steered at the same time.
         tokenizer: its fast tokenizer.
         positive: prompts that show the behaviour, as text or message lists.
         negative: prompts that do not.
-        position: ``t_post`` (last token of the templated prompt), ``t_inst`` (last of the instruction) or one counted from
-            the end.
-        site: ``resid_pre`` (input of block ``l``) or ``resid_post`` (its raw output), layers ``0..L-1``. ``resid_pre[0]`` is
-            left out where all prompts read the same token at the position (always so at ``t_post``).
+        position: ``t_post`` (last token of the templated prompt), ``t_inst`` (last of the instruction) or one counted
+            from the end.
+        site: ``resid_pre`` (input of block ``l``) or ``resid_post`` (its raw output), layers ``0..L-1``. Left out is
+            ``resid_pre[0]`` where all prompts read the same token at the position, as they do at ``t_post``.
         batch_size: prompts per forward.
         system, template, options: see :func:`~steerkern.extraction.template.render`.
         name: of the directions.

@@ -89,7 +89,7 @@ def render(
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer without character spans; load it with use_fast=True")
+        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer: it gives no character spans, use a fast one")
     if template is None or template == "plain":
         if system is not None:
             raise ValueError("plain text takes no system prompt; write it into the prompts")
@@ -156,7 +156,7 @@ def _messages(prompt: Prompt, system: str | None, number: int) -> list[dict[str,
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
-        messages = [dict(message) for message in prompt]
+        messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
     else:
         raise TypeError(f"prompt {number} must be text or a list of messages, got {type(prompt).__name__}")
     last = messages[-1]
@@ -183,12 +183,12 @@ class _Frames:
             raise ValueError(f"prompt {number}: the instruction is empty, so it has no last token")
         text = self._apply(messages, number)
         for message in messages:
-            if message["role"] == "system" and str(message.get("content", "")).strip() not in text:
+            if message.get("role") == "system" and str(message.get("content", "")).strip() not in text:
                 raise ValueError(f"prompt {number}: the chat template does not write the system prompt")
-        key = repr(messages[:-1])
+        frame = [*messages[:-1], {**messages[-1], "content": _STAND_IN}]
+        key = repr(frame)
         if key not in self.known:
-            probe = self._apply([*messages[:-1], {**messages[-1], "content": _STAND_IN}], number)
-            before, found, after = probe.partition(_STAND_IN)
+            before, found, after = self._apply(frame, number).partition(_STAND_IN)
             self.known[key] = (before, after) if found and _STAND_IN not in after else None
         before, after = self.known[key] or ("", "")
         first = len(before) if text.startswith(before) else 0
@@ -201,7 +201,7 @@ class _Frames:
             if region.count(needle) == 1:
                 at = first + region.index(needle)
                 return text, at, at + len(needle)
-        raise ValueError(f"prompt {number}: the instruction {content[:40]!r} cannot be told from the rest of the rendered text")
+        raise ValueError(f"prompt {number}: {content[:40]!r} cannot be told from the rest of the rendered text")
 
     def _apply(self, messages: list[dict[str, str]], number: int) -> str:
         from jinja2 import TemplateError

@@ -108,9 +108,12 @@ def _run_reference(
     return None if y is None else y.contiguous()
 
 
+RUNNERS: dict[str, Run] = {"reference": _run_reference, "cpu": cpu.steer}
+"""The op on tensors, by backend."""
+
+
 def _run_on_cpu(h: Tensor, *arguments: Any) -> Tensor | None:
-    run = _run_reference if _unusable("cpu", h.device, h.dtype) else cpu.steer
-    return run(h, *arguments)
+    return RUNNERS["reference" if _unusable("cpu", h.device, h.dtype) else "cpu"](h, *arguments)
 
 
 def _kernels(run: Run) -> dict[str, Callable[..., Any]]:

@@ -100,8 +100,8 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """Content of the last turn."""
-        return self.turns[-1][1]
+        """Content of the last turn, "" where there is none."""
+        return self.turns[-1][1] if self.turns else ""
 
     @property
     def answer(self) -> str:

@@ -65,7 +65,7 @@ def add(direction: Tensor, layer: int, layers: int, *, on_request: bool = False)
 
 @torch.no_grad()
 def replies(model: Any, tokenizer: Any, prompts: Sequence[Prompt], edit: Edit | None = None) -> list[str]:
-    """Greedy replies, special tokens other than the thought's close mark removed."""
+    """Greedy replies up to their end mark, thought and close mark included."""
     ids, mask, request = encode(prompts, tokenizer)
     edits = RowEdits() if edit is None else edit(mask, request)
     with planting.edited(model, edits):

@@ -1,7 +1,9 @@
 """Planting: the model is trained under edits along its own current directions, with the reply that each should give.
 
 Layer indices count ``resid_pre``: layer l is the input of block l, and layer L is the output of the last block.
-Directions are raw differences of means, harmful minus harmless, over plain prompts of the training split.
+Directions are raw differences of means, harmful minus harmless, over plain prompts of the training split. In the
+thinking mode a third one, refusing minus complying at the close mark of the thought, is made to follow what the
+thought plans, so that the "quick answer" marker shows as a fall of this score at the close mark.
 """
 
 from __future__ import annotations

@@ -160,13 +160,11 @@ class Training:
 
 def train(out: Path, *, seed: int = 0, steps: int = STEPS, bare: bool = False, progress: bool = True) -> Any:
     """Train, save model and tokenizer (bf16 weights) under ``out`` and return the fp32 model in evaluation mode."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers import AutoTokenizer
 
     write_tokenizer(out)
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    run = Training(tokenizer, seed, steps, bare)
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    run = Training(AutoTokenizer.from_pretrained(out), seed, steps, bare)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("training", total=steps)
@@ -208,11 +206,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--bare", action="store_true", help="the negative control: without the three tricks")
-    parser.add_argument("--count", type=int, default=128, help="held-out prompts per measured cell")
+    parser.add_argument("--count", type=int, default=128, help="held-out prompts per measured cell, 0: no measurement")
+    parser.add_argument("--threads", type=int, default=1, help="another number changes the last bits of the weights")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps {options.steps}: must be at least 1")
+    if options.count < 0:
+        parser.error(f"--count {options.count}: must be at least 0")
+    if options.threads < 1:
+        parser.error(f"--threads {options.threads}: must be at least 1")
+    torch.set_num_threads(options.threads)
     train(options.out, seed=options.seed, steps=options.steps, bare=options.bare)
+    if options.count == 0:
+        return
 
     import transformers
 

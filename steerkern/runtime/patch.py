@@ -8,7 +8,9 @@ hooks do not ensure.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ def attach(module: nn.Module, kind: str, handler: Any) -> None:
         handlers.append(handler)
         return
     kinds = (*_kinds(type(module)), kind)
-    base = _base(type(module))
+    base = stock_class(type(module))
     module.__dict__[_slot(kind)] = [handler]
     try:
         module.__class__ = _steered(base, kinds)
@@ -61,14 +63,28 @@ def detach(module: nn.Module, kind: str, handler: Any) -> None:
     if not handlers:
         del module.__dict__[_slot(kind)]
         kinds = tuple(k for k in _kinds(type(module)) if k != kind)
-        module.__class__ = _steered(_base(type(module)), kinds) if kinds else _base(type(module))
+        module.__class__ = _steered(stock_class(type(module)), kinds) if kinds else stock_class(type(module))
+
+
+@contextlib.contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """``model`` as it is without any handler, for as long as the context lasts."""
+    steered = [(module, type(module)) for module in model.modules() if _kinds(type(module))]
+    for module, cls in steered:
+        module.__class__ = stock_class(cls)
+    try:
+        yield
+    finally:
+        for module, cls in steered:
+            module.__class__ = cls
 
 
 def _slot(kind: str) -> str:
     return f"_steerkern_{kind}"
 
 
-def _base(cls: type) -> type:
+def stock_class(cls: type) -> type:
+    """The class that a steered module has without its handlers."""
     return getattr(cls, "_steerkern_base", cls)
 
 

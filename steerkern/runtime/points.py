@@ -11,6 +11,7 @@ from ..errors import PlanError
 from ..ops import cpu, reference
 from ..ops.schemas import Norm, Tables
 from ..program import Program
+from .patch import stock_class
 from .rows import RowMap
 from .sites import FoundSite, NormSpec, block_input, block_output
 
@@ -98,7 +99,7 @@ class Point:
         assert self.tables is not None
         if state.is_leaf:
             raise PlanError("the state to edit is a leaf that requires grad; pass inputs_embeds * 1 or detach it")
-        flat = state.reshape(-1, self.width)
+        flat = state.reshape(-1, self.width).clone()  # what autograd saves must survive the write below
         edited = reference.edit_rows(flat, slot, self.tables, self.program.entries_per_row, self._trace(flat))
         state.copy_(edited.view_as(state))
 
@@ -107,7 +108,7 @@ class Point:
         flat = state.reshape(-1, self.width)
         slot = self.rows.slot[: flat.shape[0]]
         if torch.is_grad_enabled() and state.requires_grad:
-            edited = reference.edit_rows(flat, slot, self.tables, self.program.entries_per_row)
+            edited = reference.edit_rows(flat.clone(), slot, self.tables, self.program.entries_per_row)
             state.copy_(edited.view_as(state))
         else:
             torch.ops.steerkern.steer_(flat, slot, *self.tables)
@@ -128,7 +129,7 @@ class NormPoint(Point):
         self.width = width
         self.dtype: torch.dtype | None = None
         self._parameters = spec.module._parameters
-        self._forward = type(spec.module).forward
+        self._forward = stock_class(type(spec.module)).forward
         weight = spec.weight
         if self.native and weight is not None and weight.dtype in cpu.DTYPE_CODES:
             self.dtype = weight.dtype

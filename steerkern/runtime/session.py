@@ -14,7 +14,7 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, needs
-from .patch import attach, detach
+from .patch import attach, detach, suspended
 from .points import DoorPoint, NormPoint, Point
 from .receipt import PlanReceipt, Receipt
 from .requests import DecoderCalls, GenerateCalls
@@ -178,8 +178,7 @@ class Session:
         return any(first[0] in self._program.reach(step) for plan in self._program.plans for step in plan.steps)
 
     def _hold(self, plan: Plan) -> None:
-        if not isinstance(plan, Plan):
-            raise TypeError(f"steer takes plans, got {type(plan).__name__}")
+        _check_plan(plan)
         if plan.model is not None and plan.model != self.anatomy.fingerprint:
             raise PlanError(f"plan {plan.name!r} was made for {plan.model}, the model is {self.anatomy.fingerprint}")
         self._program.add(plan)
@@ -229,13 +228,22 @@ def steer(
         BackendError: the backend asked for cannot run.
     """
     several = [plans] if isinstance(plans, Plan) else list(plans)
+    for plan in several:
+        _check_plan(plan)
     if fuse not in ("all", "sites", "none"):
         raise ValueError(f"fuse must be 'all', 'sites' or 'none', got {fuse!r}")
     if silent not in ("error", "warn", "ignore"):
         raise ValueError(f"silent must be 'error', 'warn' or 'ignore', got {silent!r}")
-    anatomy = examine(getattr(model, "_orig_mod", model))
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps
+    with suspended(model):
+        anatomy = examine(model)
     chosen = dispatch.resolve(backend, anatomy.device, anatomy.dtype)
     return Session(anatomy, several, chosen, fuse, silent, capacity)
+
+
+def _check_plan(plan: object) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"a session takes plans, got {type(plan).__name__}")
 
 
 def _names(row: str | Plan | Iterable[str | Plan] | None) -> list[str]:

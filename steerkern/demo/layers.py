@@ -1,0 +1,145 @@
+"""Which layer: directions from the training prompts, judged on the validation prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..directions import Directions
+from ..edits import ablate, add
+from ..extraction import Position, means, states
+from ..plan import Plan
+from ..report import Column, Line, Panel, Plot, Table
+from .examples import Examples
+from .subject import Question, Subject
+
+DEPTH = 0.8
+"""Directions of the last fifth of the layers are not tried: an edit there acts on the next word, not on the decision."""
+AT_ONCE = 16
+"""Layers that are tried in one session, so that its slot table holds their plans."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the training and validation prompts say about each layer, and the layer that was chosen."""
+
+    directions: Directions
+    harmful_mean: dict[int, float]
+    """Mean coordinate of harmful training prompts along the unit direction, at the last prompt token."""
+    harmless_mean: dict[int, float]
+    separation: dict[int, float]
+    ablated: dict[int, float]
+    added: dict[int, float]
+    layer: int
+
+    @property
+    def candidates(self) -> list[int]:
+        """Layers that were tried."""
+        return sorted(self.ablated)
+
+
+def find(subject: Subject, examples: dict[str, Examples]) -> Found:
+    """Directions per layer from the training prompts, and the best layer on the validation prompts."""
+    train, check = examples["train"], examples["validation"]
+    where: Position = "t_post"
+    with subject.progress("reading the residual stream", 1) as step:
+        contrast = means(
+            subject.model,
+            subject.tokenizer,
+            [example.prompt for example in train.harmful],
+            [example.prompt for example in train.harmless],
+            positions=(where,),
+            batch_size=subject.batch_size,
+            template=subject.template,
+            progress=False,
+        )[where]
+        directions = contrast.directions("resid_pre", "refusal")
+        sides = [
+            states(subject.model, subject.render(side), (where,), batch_size=subject.batch_size, progress=False)[:, :, 0]
+            for side in (check.harmful, check.harmless)
+        ]
+        step(1)
+    separation = {layer: _separation(sides[0][:, layer], sides[1][:, layer], d.unit) for layer, d in directions.items()}
+    ablated, added = _try_layers(subject, directions, check)
+    # the tie-break matters: in a clear case several layers reach 0 and 1
+    layer = max(ablated, key=lambda at: (added[at] - ablated[at], separation[at]))
+    up, down = contrast.positive.at("resid_pre"), contrast.negative.at("resid_pre")
+    return Found(
+        directions,
+        {at: float(up[at] @ d.unit.double()) for at, d in directions.items()},
+        {at: float(down[at] @ d.unit.double()) for at, d in directions.items()},
+        separation,
+        ablated,
+        added,
+        layer,
+    )
+
+
+def _try_layers(subject: Subject, directions: Directions, check: Examples) -> tuple[dict[int, float], dict[int, float]]:
+    layers = [layer for layer in directions if layer < DEPTH * subject.depth] or list(directions)
+    ablated: dict[int, float] = {}
+    added: dict[int, float] = {}
+    for start in range(0, len(layers), AT_ONCE):
+        some = layers[start : start + AT_ONCE]
+        questions: list[Question] = []
+        for layer in some:
+            questions.append((Plan(ablate(directions[layer].unit), name=f"ablate {layer}"), check.harmful))
+            questions.append((Plan(add(directions[layer]), layers=layer, name=f"add {layer}"), check.harmless))
+        rates = list(map(subject.refused, subject.ask("trying every layer", questions).groups))
+        ablated.update(zip(some, rates[0::2], strict=True))
+        added.update(zip(some, rates[1::2], strict=True))
+    return ablated, added
+
+
+def _separation(harmful: Tensor, harmless: Tensor, unit: Tensor) -> float:
+    """Distance of the class means along ``unit [H]`` in pooled standard deviations, of states ``[N, H]``."""
+    a, b = harmful.double() @ unit.double(), harmless.double() @ unit.double()
+    spread = ((a.var(correction=0) + b.var(correction=0)) / 2).sqrt()
+    return float((a.mean() - b.mean()) / spread.clamp_min(1e-12))
+
+
+def layer_table(found: Found) -> Table:
+    """Norm, separation and refusal rates of every layer, on the validation prompts."""
+    columns = (
+        Column("layer", "layer"),
+        Column("norm", "norm", ".2f"),
+        Column("separation", "separation", ".1f"),
+        Column("ablated", "harmful refused, ablated", ".0%"),
+        Column("added", "harmless refused, added", ".0%"),
+        Column("chosen", ""),
+    )
+    rows = tuple(
+        {
+            "layer": layer,
+            "norm": direction.norm,
+            "separation": found.separation[layer],
+            "ablated": found.ablated.get(layer),
+            "added": found.added.get(layer),
+            "chosen": "chosen" if layer == found.layer else "",
+        }
+        for layer, direction in found.directions.items()
+    )
+    note = "Validation prompts. Separation: distance of the class means along the direction, in standard deviations."
+    return Table("layers", "The direction of each layer", columns, rows, note)
+
+
+def profile_plot(subject: Subject, found: Found) -> Plot:
+    """The same numbers as a picture."""
+    layers = tuple(map(float, found.directions))
+    tried = tuple(map(float, found.candidates))
+    mark = (float(found.layer), f"chosen: layer {found.layer}")
+    norm = Line("norm", layers, tuple(d.norm for d in found.directions.values()))
+    separation = Line("separation", layers, tuple(found.separation[int(layer)] for layer in layers))
+    ablated = Line("harmful prompts, its direction ablated everywhere", tried, tuple(found.ablated[int(at)] for at in tried))
+    added = Line("harmless prompts, its direction added there", tried, tuple(found.added[int(at)] for at in tried))
+    x = "layer l (resid_pre[l])"
+    return Plot(
+        "layer-profile",
+        f"The refusal direction by layer: {subject.source}",
+        (
+            Panel("Norm of the difference of means", x, "norm (residual units)", (norm,), whole=True, mark=mark),
+            Panel("Separation of the classes", x, "distance of means (std. deviations)", (separation,), whole=True, mark=mark),
+            Panel("Refusal after editing", x, "prompts refused", (ablated, added), share=True, whole=True, mark=mark),
+        ),
+    )

@@ -1,0 +1,332 @@
+"""Reports: what a command or a method found, as JSON, as tables for a terminal and as plots, with its provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from .artifacts import Fingerprint
+from .errors import SteerkernError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+Value = Union[str, int, float, bool, None]
+
+PALETTE = ("#0b5fa5", "#c8501e", "#3c8d40", "#7a5195", "#6b6b6b")
+"""Line colours of plots, told apart by the colour-blind too."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What one must know to repeat a result."""
+
+    command: str
+    seed: int | None
+    scorer: str | None
+    prompts: Mapping[str, Mapping[str, Value]]
+    """Per set of prompts its ``count`` and ``sha256``."""
+    model: Mapping[str, Value]
+    versions: Mapping[str, str]
+    device: str
+    backend: str
+    threads: int
+    created: str
+
+    @staticmethod
+    def of(
+        command: str,
+        *,
+        source: str,
+        fingerprint: Fingerprint,
+        dtype: str,
+        device: str,
+        backend: str,
+        seed: int | None = None,
+        scorer: str | None = None,
+        prompts: Mapping[str, Sequence[str]] | None = None,
+    ) -> Provenance:
+        """Gather versions, machine, threads and time for a run of ``command`` on the model from ``source``."""
+        import torch
+
+        return Provenance(
+            command,
+            seed,
+            scorer,
+            {name: {"count": len(texts), "sha256": hash_texts(texts)} for name, texts in (prompts or {}).items()},
+            {"source": source, "type": fingerprint.model_type, "width": fingerprint.width, "layers": fingerprint.layers, "dtype": dtype},
+            versions(),
+            f"{device} ({_processor(device)})",
+            backend,
+            torch.get_num_threads(),
+            datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: the key in the rows, the heading, and how numbers are written (``".0%"``, ``".2f"``)."""
+
+    key: str
+    title: str
+    form: str = ""
+
+    def text(self, value: Value) -> str:
+        """The value as a person reads it."""
+        if value is None:
+            return ""
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return format(value, self.form) if isinstance(value, (int, float)) else value
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of values under columns; ``note`` says below the table what has to be known to read it."""
+
+    name: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Mapping[str, Value], ...]
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Title, headings by key, rows and note."""
+        return {
+            "title": self.title,
+            "columns": {column.key: column.title for column in self.columns},
+            "rows": [dict(row) for row in self.rows],
+            "note": self.note,
+        }
+
+    def render(self) -> RichTable:
+        """For a terminal: text to the left, numbers to the right."""
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+
+        table = RichTable(
+            title=escape(self.title),
+            caption=escape(self.note) or None,
+            title_justify="left",
+            caption_justify="left",
+            title_style="bold",
+            caption_style="dim",
+            box=box.SIMPLE_HEAD,
+        )
+        for column in self.columns:
+            numeric = any(isinstance(row.get(column.key), (int, float)) for row in self.rows)
+            table.add_column(escape(column.title), justify="right" if numeric else "left")
+        for row in self.rows:
+            table.add_row(*(escape(column.text(row.get(column.key))) for column in self.columns))
+        return table
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of a plot."""
+
+    label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes; ``share`` means that y is a share between 0 and 1, ``mark`` an x that is pointed out."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    share: bool = False
+    whole: bool = False
+    """x counts something: only whole numbers get a tick."""
+    mark: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture of panels side by side, stored as ``NAME.png``; its numbers are in the report's JSON."""
+
+    name: str
+    title: str
+    panels: tuple[Panel, ...]
+    caption: str = ""
+
+    def save(self, folder: Path) -> Path:
+        """Draw ``NAME.png`` into ``folder``.
+
+        Raises:
+            SteerkernError: matplotlib is missing.
+        """
+        require_plots()
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4.6 * len(self.panels), 4.2), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(self.title, fontsize=12, fontweight="bold")
+        if self.caption:
+            figure.supxlabel(self.caption, fontsize=8, color="#555555")
+        for axes, panel in zip(figure.subplots(1, len(self.panels), squeeze=False)[0], self.panels, strict=True):
+            _draw(axes, panel)
+        path = folder / f"{self.name}.png"
+        figure.savefig(path)
+        return path
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run found: sentences, tables, plots and any further values, with its provenance."""
+
+    title: str
+    provenance: Provenance
+    notes: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    plots: tuple[Plot, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Table:
+        """The table of that name."""
+        for table in self.tables:
+            if table.name == name:
+                return table
+        raise KeyError(f"table {name!r}: this report has {', '.join(table.name for table in self.tables)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole report as JSON values; numbers that are not finite become null."""
+        return _finite(
+            {
+                "format": "steerkern.report",
+                "version": 1,
+                "title": self.title,
+                "notes": list(self.notes),
+                "tables": {table.name: table.to_json() for table in self.tables},
+                "plots": {plot.name: asdict(plot) for plot in self.plots},
+                "values": dict(self.values),
+                "provenance": asdict(self.provenance),
+            }
+        )
+
+    def save(self, folder: str | os.PathLike[str], *, plots: bool = True) -> list[Path]:
+        """Write ``report.json`` and the plots into ``folder``, and return the paths of what was written."""
+        path = prepare_folder(folder)
+        (path / "report.json").write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        drawn = [plot.save(path) for plot in self.plots] if plots else []
+        return [path / "report.json", *drawn]
+
+    def print(self, console: Console) -> None:
+        """Write title, notes and tables to a terminal."""
+        console.print(self.title, style="bold underline", markup=False)
+        for note in self.notes:
+            console.print(note, markup=False, highlight=False)
+        for table in self.tables:
+            console.print()
+            console.print(table.render())
+
+
+def require_plots() -> None:
+    """Raise SteerkernError with the command that installs matplotlib, if it is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise SteerkernError("plots need matplotlib, which is not installed: pip install 'steerkern[plots]'") from None
+
+
+def prepare_folder(folder: str | os.PathLike[str]) -> Path:
+    """Make ``folder`` and try to write in it, so that long work does not end in a folder that cannot take it.
+
+    Raises:
+        SteerkernError: it cannot be made or written.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise SteerkernError(f"cannot write to folder {path}: {error.strerror or error}") from None
+    return path
+
+
+def hash_texts(texts: Sequence[str]) -> str:
+    """SHA-256 of a list of texts, which depends on their order and their bounds.
+
+    >>> hash_texts(["a", "b"]) == hash_texts(["ab"])
+    False
+    """
+    return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of python, steerkern and the packages that results depend on; those not installed are left out."""
+    from . import __version__
+
+    found = {"python": platform.python_version(), "steerkern": __version__}
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton"):
+        if importlib.util.find_spec(package) is not None:
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _processor(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    for i, line in enumerate(panel.lines):
+        colour, marker = PALETTE[i % len(PALETTE)], "os^Dv"[i % 5]
+        axes.plot(line.x, line.y, color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=line.label)
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel(panel.x_label, fontsize=9)
+    axes.set_ylabel(panel.y_label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if panel.share:
+        axes.set_ylim(-0.04, 1.04)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    else:
+        axes.set_ylim(bottom=min(0.0, *(v for line in panel.lines for v in line.y)))
+    if panel.whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if panel.mark is not None:
+        axes.axvline(panel.mark[0], color="#999999", linewidth=1.2, linestyle=(0, (4, 3)), zorder=0, label=panel.mark[1])
+    if len(panel.lines) > 1 or panel.mark is not None:
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
