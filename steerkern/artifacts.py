@@ -71,7 +71,8 @@ def take(record: object, what: str, keys: Sequence[str], optional: Sequence[str]
             raise ValueError(f"{what} has no {key!r}")
     for key in found:
         if key not in keys and key not in optional:
-            raise ValueError(f"{what} has the unknown key {reprlib.repr(key)}; known are {', '.join((*keys, *optional))}")
+            known = ", ".join((*keys, *optional))
+            raise ValueError(f"{what} has the unknown key {reprlib.repr(key)}; known are {known}")
     return found
 
 
@@ -172,7 +173,7 @@ def _local(source: str | os.PathLike[str], kind: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=[f"{kind}.json", TENSORS]))
     except Exception as error:
-        raise ArtifactError(f"no folder {shown}, and the hub gave nothing by that id: {type(error).__name__}") from error
+        raise ArtifactError(f"no folder {shown}, and the hub gave none by that id: {type(error).__name__}") from error
 
 
 def _check_size(name: str, size: int, limit: int) -> None:

@@ -116,7 +116,7 @@ class Directions(Mapping[int, Direction]):
             raise ValueError("directions need at least one layer, got none")
         for layer, one in self.by_layer.items():
             if not isinstance(one, Direction):
-                raise TypeError(f"layer {layer}: expected a Direction, got {type(one).__name__}; Directions.of takes tensors")
+                raise TypeError(f"layer {layer} must be a Direction, got {type(one).__name__}; see Directions.of")
             if (one.layer, one.site, one.model) != (layer, self.site, self.model):
                 raise ValueError(f"layer {layer}: got the direction of {one.site}[{one.layer}], model {one.model}")
         widths = {one.raw.numel() for one in self.by_layer.values()}

@@ -54,7 +54,7 @@ def finite(value: object, what: str, *, nonzero: bool = False) -> float:
     """
     try:
         if isinstance(value, (str, bytes)):
-            raise TypeError
+            raise TypeError  # float would parse it
         number = float(value)  # type: ignore[arg-type]
     except OverflowError:
         number = _INF
@@ -147,7 +147,7 @@ class Edit:
             raise ValueError(f"{self.kind} needs one set of vectors for any layer, or one per layer")
         shapes = {tuple(rows.vectors.shape) for rows in self.rows.values()}
         if len(shapes) > 1:
-            raise ValueError(f"{self.kind} needs as many vectors of the same width at every layer, got {sorted(shapes)}")
+            raise ValueError(f"{self.kind} needs vectors of one shape at every layer, got {sorted(shapes)}")
         for layer, rows in self.rows.items():
             _check_map(self.kind, rows, self.kind if layer is None else f"{self.kind} at layer {check_layer(layer)}")
         if self.model is not None and self.model.width != self.width:
@@ -331,7 +331,8 @@ def _model(parts: Sequence[Edit | Vector], what: str) -> Fingerprint | None:
 def _unit(stack: Tensor) -> Tensor:
     """Rows of norm 1, in fp64."""
     wide = stack.double()
-    return wide / wide.norm(dim=1, keepdim=True)
+    norms: Tensor = wide.norm(dim=1, keepdim=True)
+    return wide / norms
 
 
 def _orthonormal(stack: Tensor, where: str) -> Tensor:

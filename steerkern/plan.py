@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,16 +12,17 @@ from torch import Tensor
 from .artifacts import (
     Fingerprint,
     check_name,
+    expect,
     fingerprint_from_json,
     fingerprint_to_json,
     read_folder,
+    take,
     write_folder,
 )
-from .directions import SITES
-from .edits import Edit
+from .edits import Edit, finite
 from .errors import ArtifactError, PlanError
 from .ops.schemas import MAX_ENTRIES
-from .plan_format import step_from_json, step_to_json, take_list
+from .plan_format import step_from_json, step_to_json
 from .steps import Layers, Scope, Step, describe, parse_layers, parse_scope
 
 
@@ -32,7 +33,8 @@ class Plan:
         edits: one :class:`Edit` or several; they act simultaneously on the row as it arrived.
         layers: ``"all"``, a layer number, or several. Layers count decoder blocks from 0.
         site: ``resid_pre`` (input of the block), ``resid_mid`` (after attention) or ``resid_post`` (output).
-        scope: ``"all"``, ``"prompt"``, ``"decode"``, prompt positions such as ``-1`` or ``(-1, -5)``, or :class:`Tokens`.
+        scope: ``"all"``, ``"prompt"``, ``"decode"``, prompt positions such as ``-1`` or ``(-1, -5)``, or
+            :class:`Tokens`.
         keep_norm: rescale each edited row to the norm with which it arrived.
         scale: multiplies what every edit adds to the row; 1 is the edit as written.
 
@@ -61,14 +63,11 @@ class Plan:
         scale: float = 1.0,
         name: str = "plan",
     ) -> None:
-        several = (edits,) if isinstance(edits, Edit) else tuple(edits)
-        if not several or not all(isinstance(e, Edit) for e in several):
-            raise TypeError(f"edits must be one Edit or several, got {edits!r}")
-        if site not in SITES:
-            raise ValueError(f"site must be one of {', '.join(SITES)}, got {site!r}")
-        if not math.isfinite(scale) or scale == 0:
-            raise ValueError(f"scale must be finite and not 0, got {scale}")
-        step = Step(several, parse_layers(layers), site, parse_scope(scope), bool(keep_norm), float(scale))
+        several = (edits,) if isinstance(edits, Edit) else edits
+        if not isinstance(several, Sequence) or not several or not all(isinstance(e, Edit) for e in several):
+            raise TypeError(f"edits must be one Edit or several, got {reprlib.repr(edits)}")
+        size = finite(scale, "scale", nonzero=True)
+        step = Step(tuple(several), parse_layers(layers), site, parse_scope(scope), bool(keep_norm), size)
         self._set(check_name(name, "plan name"), (step,))
 
     def _set(self, name: str, steps: tuple[Step, ...]) -> None:
@@ -79,17 +78,16 @@ class Plan:
             raise PlanError(f"plan {name!r} mixes edits of widths {sorted(widths)}")
         models = {edit.model for edit in edits} - {None}
         if len(models) > 1:
-            raise PlanError(f"plan {name!r} mixes directions of different models: {', '.join(map(str, models))}")
+            raise PlanError(f"plan {name!r} mixes directions of several models: {', '.join(sorted(map(str, models)))}")
         for step in steps:
-            entries = sum(edit.rank + (edit.gate is not None) for edit in step.edits)
+            entries = sum(edit.entries for edit in step.edits)
             if entries > MAX_ENTRIES:
                 raise PlanError(f"plan {name!r} puts {entries} entries on one row, allowed are {MAX_ENTRIES}")
             for edit in step.edits:
-                missing = set(step.layers or ()) - set(edit.layers or step.layers or ())
+                missing = set() if edit.layers is None else set(step.layers or ()) - set(edit.layers)
                 if missing:
-                    raise PlanError(
-                        f"layer {min(missing)}: {edit.kind} has vectors for layers {list(edit.layers or ())}, plan {name!r}"
-                    )
+                    own = reprlib.repr(list(edit.layers or ()))
+                    raise PlanError(f"layer {min(missing)}: {edit.kind} has vectors for layers {own}, plan {name!r}")
 
     @property
     def width(self) -> int:
@@ -102,21 +100,24 @@ class Plan:
         return next((e.model for step in self.steps for e in step.edits if e.model is not None), None)
 
     def __add__(self, other: Plan) -> Plan:
-        """Both plans on the same rows: edits that meet at a site act simultaneously."""
+        """Both plans on the same rows: edits that meet at a site act simultaneously.
+
+        Raises:
+            PlanError: the plans differ in width or model.
+        """
         if not isinstance(other, Plan):
             return NotImplemented
         name = self.name if other.name == self.name else f"{self.name}+{other.name}"
         return self._of(name[:128], self.steps + other.steps)
 
     def named(self, name: str) -> Plan:
-        """The same plan under another name."""
+        """The same plan under another name; ValueError if that is none."""
         return self._of(check_name(name, "plan name"), self.steps)
 
     def scaled(self, factor: float) -> Plan:
-        """The same plan with every step's scale multiplied by ``factor``."""
-        if not math.isfinite(factor) or factor == 0:
-            raise ValueError(f"scale must be finite and not 0, got {factor}")
-        return self._of(self.name, tuple(replace(step, scale=step.scale * factor) for step in self.steps))
+        """The same plan with every step's scale multiplied by ``factor``; ValueError if that is not finite, or 0."""
+        number = finite(factor, "scale", nonzero=True)
+        return self._of(self.name, tuple(replace(step, scale=step.scale * number) for step in self.steps))
 
     @classmethod
     def _of(cls, name: str, steps: tuple[Step, ...]) -> Plan:
@@ -128,10 +129,15 @@ class Plan:
         return f"Plan({self.name!r}: {'; '.join(map(describe, self.steps))})"
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``plan.json`` and ``directions.safetensors`` into ``folder``."""
+        """Write ``plan.json`` and ``directions.safetensors`` into ``folder``.
+
+        Raises:
+            ArtifactError: the folder cannot be written, or the plan is over a limit of the format.
+        """
         tensors: dict[str, Tensor] = {}
         steps = [step_to_json(step, i, tensors) for i, step in enumerate(self.steps)]
-        write_folder(folder, "plan", {"name": self.name, "model": fingerprint_to_json(self.model), "steps": steps}, tensors)
+        header = {"name": self.name, "model": fingerprint_to_json(self.model), "steps": steps}
+        write_folder(folder, "plan", header, tensors)
 
     @staticmethod
     def from_pretrained(source: str | os.PathLike[str]) -> Plan:
@@ -141,14 +147,12 @@ class Plan:
             ArtifactError: naming the file and what is wrong with it.
         """
         header, tensors = read_folder(source, "plan")
-        model = fingerprint_from_json(header.get("model"))
         try:
-            steps = tuple(step_from_json(step, tensors, model) for step in take_list(header, "steps"))
+            take(header, "the file", ("name", "model", "steps"))
+            model = fingerprint_from_json(header["model"])
+            steps = tuple(step_from_json(step, tensors, model) for step in expect(header["steps"], list, "steps"))
             if not steps:
-                raise ValueError("steps must hold at least one step")
-            return Plan._of(check_name(header.get("name"), "plan name"), steps)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, ArtifactError):
-                raise
-            missing = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise ArtifactError(f"plan.json: {missing}") from None
+                raise ValueError("a plan needs at least one step, got none")
+            return Plan._of(check_name(header["name"], "plan name"), steps)
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"plan.json: {error}") from None

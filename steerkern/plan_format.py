@@ -1,34 +1,39 @@
-"""Plans as JSON and tensors: written by ``Plan.save_pretrained``, read with every value checked."""
+"""Plans as JSON and tensors: written by ``Plan.save_pretrained``, read with every value checked.
+
+What a value may be is said by the classes themselves (:class:`~steerkern.edits.Edit`, :class:`~steerkern.steps.Step`
+and their parts); this file checks the types and keys that JSON leaves open.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import reprlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .artifacts import Fingerprint
-from .directions import SITES
-from .edits import KINDS, Edit, Gate, Rows
+from .artifacts import Fingerprint, expect, take
+from .directions import check_layer
+from .edits import MAP, Edit, Gate, Rows
 from .steps import Step, Tokens, parse_layers
+
+_NUMBERS = ("norms", *MAP)
 
 
 def step_to_json(step: Step, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The record of step number ``index``; its vectors are put into ``tensors``."""
     edits = []
     for i, edit in enumerate(step.edits):
         rows = []
         for layer, r in edit.rows.items():
-            key = f"{index}.{i}.{'any' if layer is None else layer}"
-            tensors[key] = r.vectors
-            maps = {name: [_number(x) for x in getattr(r, name)] for name in ("norms", "alpha", "beta", "lo", "hi")}
+            key = _store(tensors, f"{index}.{i}.{'any' if layer is None else layer}", r.vectors)
+            maps = {name: [_number(x) for x in getattr(r, name)] for name in _NUMBERS}
             rows.append({"layer": layer, "vectors": key, **maps})
         record: dict[str, Any] = {"kind": edit.kind, "orthonormalised": edit.orthonormalised, "rows": rows}
         if edit.gate is not None:
-            key = f"{index}.{i}.gate"
-            tensors[key] = edit.gate.unit
-            record["gate"] = {"unit": key, "lo": _number(edit.gate.lo), "hi": _number(edit.gate.hi), "cosine": edit.gate.cosine}
+            key = _store(tensors, f"{index}.{i}.gate", edit.gate.unit)
+            lo, hi = _number(edit.gate.lo), _number(edit.gate.hi)
+            record["gate"] = {"unit": key, "lo": lo, "hi": hi, "cosine": edit.gate.cosine}
         edits.append(record)
     tokens = step.tokens
     scope = {"phase": tokens.phase, "positions": tokens.positions, "start": tokens.start, "stop": tokens.stop}
@@ -42,54 +47,36 @@ def step_to_json(step: Step, index: int, tensors: dict[str, Tensor]) -> dict[str
     }
 
 
-def step_from_json(record: Any, tensors: dict[str, Tensor], model: Fingerprint | None) -> Step:
-    edits = tuple(_edit_from_json(edit, tensors, model) for edit in take_list(record, "edits"))
-    if not edits:
-        raise ValueError("a step needs at least one edit")
-    if record["site"] not in SITES:
-        raise ValueError(f"site must be one of {', '.join(SITES)}, got {record['site']!r}")
-    scope = record["tokens"]
-    positions = scope["positions"]
-    tokens = Tokens(scope["phase"], None if positions is None else tuple(positions), scope["start"], scope["stop"])
-    scale = _parse(record["scale"])
-    if not math.isfinite(scale) or scale == 0:
-        raise ValueError(f"scale must be finite and not 0, got {scale}")
-    layers = None if record["layers"] is None else parse_layers(take_list(record, "layers"))
-    return Step(edits, layers, record["site"], tokens, bool(record["keep_norm"]), scale)
+def step_from_json(record: object, tensors: dict[str, Tensor], model: Fingerprint | None) -> Step:
+    """Read what :func:`step_to_json` wrote.
+
+    Raises:
+        TypeError, ValueError: one sentence about the first value that is not allowed.
+    """
+    found = take(record, "a step", ("layers", "site", "tokens", "keep_norm", "scale", "edits"))
+    edits = tuple(_edit_from_json(edit, tensors, model) for edit in expect(found["edits"], list, "edits"))
+    tokens = Tokens(**take(found["tokens"], "tokens", ("phase", "positions", "start", "stop")))
+    layers = None if found["layers"] is None else parse_layers(expect(found["layers"], list, "layers"))
+    keep_norm = expect(found["keep_norm"], bool, "keep_norm")
+    return Step(edits, layers, found["site"], tokens, keep_norm, _parse(found["scale"], "scale"))
 
 
-def _edit_from_json(record: Any, tensors: dict[str, Tensor], model: Fingerprint | None) -> Edit:
-    if record["kind"] not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {record['kind']!r}")
+def _edit_from_json(record: object, tensors: dict[str, Tensor], model: Fingerprint | None) -> Edit:
+    found = take(record, "an edit", ("kind", "orthonormalised", "rows"), ("gate",))
     rows: dict[int | None, Rows] = {}
-    for r in take_list(record, "rows"):
-        layer, vectors = r["layer"], _tensor(tensors, r["vectors"], 2)
-        if layer is not None and (type(layer) is not int or layer < 0):
-            raise ValueError(f"layer must be a number from 0 or null, got {layer!r}")
+    for item in expect(found["rows"], list, "rows"):
+        r = take(item, "rows", ("layer", "vectors", *_NUMBERS))
+        layer = None if r["layer"] is None else check_layer(r["layer"])
         if layer in rows:
             raise ValueError(f"layer {layer} is listed twice")
-        maps = {name: tuple(_parse(x) for x in take_list(r, name)) for name in ("norms", "alpha", "beta", "lo", "hi")}
-        if any(len(m) != vectors.shape[0] for m in maps.values()):
-            raise ValueError(f"{r['vectors']!r} has {vectors.shape[0]} rows, its map has {[len(m) for m in maps.values()]}")
-        if not all(map(math.isfinite, maps["norms"] + maps["alpha"] + maps["beta"])):
-            raise ValueError("alpha, beta and norms must be finite")
-        if any(math.isnan(x) for x in maps["lo"] + maps["hi"]) or any(lo > hi for lo, hi in zip(maps["lo"], maps["hi"], strict=True)):
-            raise ValueError("lo and hi must be an interval")
-        rows[layer] = Rows(vectors, **maps)
-    if not rows or (None in rows and len(rows) > 1):
-        raise ValueError("rows must hold one set for any layer, or one per layer")
-    if len({r.vectors.shape for r in rows.values()}) > 1:
-        raise ValueError("the vectors of an edit must have one shape at every layer")
-    edit = Edit(record["kind"], rows, None, model, bool(record["orthonormalised"]))
-    if edit.kind == "rotate" and edit.rank != 2:
-        raise ValueError(f"rotate needs two vectors, got {edit.rank}")
-    if model is not None and edit.width != model.width:
-        raise ValueError(f"vectors have width {edit.width}, the model is {model}")
-    gate = record.get("gate")
-    if gate is None:
-        return edit
-    unit = _tensor(tensors, gate["unit"], 1)
-    return replace(edit, gate=Gate(unit, _parse(gate["lo"]), _parse(gate["hi"]), bool(gate["cosine"])))
+        maps = {name: tuple(_parse(x, name) for x in expect(r[name], list, name)) for name in _NUMBERS}
+        rows[layer] = Rows(_find(tensors, r["vectors"]), **maps)
+    gate = None
+    if "gate" in found:
+        g = take(found["gate"], "gate", ("unit", "lo", "hi", "cosine"))
+        cosine = expect(g["cosine"], bool, "cosine")
+        gate = Gate(_find(tensors, g["unit"]), _parse(g["lo"], "lo"), _parse(g["hi"], "hi"), cosine)
+    return Edit(found["kind"], rows, gate, model, expect(found["orthonormalised"], bool, "orthonormalised"))
 
 
 def _number(x: float) -> float | str:
@@ -97,23 +84,24 @@ def _number(x: float) -> float | str:
     return x if math.isfinite(x) else ("inf" if x > 0 else "-inf")
 
 
-def _parse(x: Any) -> float:
+def _parse(x: object, what: str) -> float:
     if x in ("inf", "-inf"):
         return float(x)
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise ValueError(f"expected a number, got {x!r}")
-    return float(x)
+    if type(x) is int and abs(x) < 1 << 128:  # beyond that float32 has no such number, and beyond 1 << 1024 no float
+        return float(x)
+    if type(x) is float:
+        return x
+    raise ValueError(f"{what} must be a number, got {reprlib.repr(x)}")
 
 
-def take_list(record: Any, key: str) -> list[Any]:
-    value = record[key]
-    if not isinstance(value, list):
-        raise ValueError(f"{key} must be a list, got {type(value).__name__}")
-    return value
+def _store(tensors: dict[str, Tensor], key: str, tensor: Tensor) -> str:
+    """Put ``tensor`` under ``key``, or return the key that it is stored under already."""
+    stored = next((name for name, held in tensors.items() if held is tensor), key)
+    tensors[stored] = tensor
+    return stored
 
 
-def _tensor(tensors: dict[str, Tensor], key: Any, dims: int) -> Tensor:
-    tensor = tensors.get(key) if isinstance(key, str) else None
-    if tensor is None or tensor.dim() != dims or torch.any(tensor.norm(dim=-1) == 0):
-        raise ValueError(f"directions.safetensors has no nonzero {dims}-dimensional tensor {key!r}")
-    return tensor
+def _find(tensors: dict[str, Tensor], key: object) -> Tensor:
+    if not isinstance(key, str) or key not in tensors:
+        raise ValueError(f"directions.safetensors has no tensor {reprlib.repr(key)}")
+    return tensors[key]

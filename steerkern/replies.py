@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .extraction.capture import check_prompts, pad_left
+from .extraction.capture import check_prompts
 from .extraction.template import Rendered
 from .plan import Plan
 from .runtime.session import Session
@@ -65,9 +65,12 @@ def replies(
 
 
 def encode(model: Any, rendered: Sequence[Rendered]) -> dict[str, Any]:
-    """``input_ids`` and ``attention_mask`` ``[B, S]`` on the model's device, and the id that ``generate`` pads with."""
-    ids, mask = pad_left([prompt.ids for prompt in rendered], next(model.parameters()).device)
-    return {"input_ids": ids, "attention_mask": mask, "pad_token_id": pad_token(model)}
+    """What ``generate`` takes: ``input_ids`` and ``attention_mask`` ``[B, S]``, padded on the left, and the pad id."""
+    pad, width = pad_token(model), max(len(prompt.ids) for prompt in rendered)
+    ids = torch.tensor([[pad] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in rendered])
+    mask = torch.tensor([[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in rendered])
+    device = next(model.parameters()).device
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "pad_token_id": pad}
 
 
 def pad_token(model: Any) -> int:

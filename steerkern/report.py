@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 Value = Union[str, int, float, bool, None]
+Row = Mapping[str, Value]
+"""A row of a table: values by column key, also of columns that are not shown."""
 
 PALETTE = ("#0b5fa5", "#c8501e", "#3c8d40", "#7a5195", "#6b6b6b")
 """Line colours of plots, told apart by the colour-blind too."""
@@ -67,7 +69,7 @@ class Provenance:
             seed,
             scorer,
             {name: {"count": len(texts), "sha256": hash_texts(texts)} for name, texts in (prompts or {}).items()},
-            {"source": source, "type": fingerprint.model_type, "width": fingerprint.width, "layers": fingerprint.layers, "dtype": dtype},
+            {"source": source, "dtype": dtype, **fingerprint._asdict()},
             versions(),
             f"{device} ({_processor(device)})",
             backend,
@@ -100,7 +102,7 @@ class Table:
     name: str
     title: str
     columns: tuple[Column, ...]
-    rows: tuple[Mapping[str, Value], ...]
+    rows: tuple[Row, ...]
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -126,6 +128,7 @@ class Table:
             title_style="bold",
             caption_style="dim",
             box=box.SIMPLE_HEAD,
+            show_header=any(column.title for column in self.columns),
         )
         for column in self.columns:
             numeric = any(isinstance(row.get(column.key), (int, float)) for row in self.rows)
@@ -209,18 +212,17 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The whole report as JSON values; numbers that are not finite become null."""
-        return _finite(
-            {
-                "format": "steerkern.report",
-                "version": 1,
-                "title": self.title,
-                "notes": list(self.notes),
-                "tables": {table.name: table.to_json() for table in self.tables},
-                "plots": {plot.name: asdict(plot) for plot in self.plots},
-                "values": dict(self.values),
-                "provenance": asdict(self.provenance),
-            }
-        )
+        content = {
+            "format": "steerkern.report",
+            "version": 1,
+            "title": self.title,
+            "notes": list(self.notes),
+            "tables": {table.name: table.to_json() for table in self.tables},
+            "plots": {plot.name: asdict(plot) for plot in self.plots},
+            "values": dict(self.values),
+            "provenance": asdict(self.provenance),
+        }
+        return {key: _finite(value) for key, value in content.items()}
 
     def save(self, folder: str | os.PathLike[str], *, plots: bool = True) -> list[Path]:
         """Write ``report.json`` and the plots into ``folder``, and return the paths of what was written."""
@@ -239,12 +241,13 @@ class Report:
             console.print(table.render())
 
 
-def require_plots() -> None:
-    """Raise SteerkernError with the command that installs matplotlib, if it is missing."""
+def require_plots(otherwise: str = "") -> None:
+    """Raise SteerkernError with the command that installs matplotlib (or what to do ``otherwise``) if it is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise SteerkernError("plots need matplotlib, which is not installed: pip install 'steerkern[plots]'") from None
+        command = "pip install 'steerkern[plots]'" + (f" ({otherwise})" if otherwise else "")
+        raise SteerkernError(f"plots need matplotlib, which is not installed: {command}") from None
 
 
 def prepare_folder(folder: str | os.PathLike[str]) -> Path:
@@ -317,9 +320,9 @@ def _draw(axes: Axes, panel: Panel) -> None:
     if panel.whole:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.mark is not None:
-        axes.axvline(panel.mark[0], color="#999999", linewidth=1.2, linestyle=(0, (4, 3)), zorder=0, label=panel.mark[1])
-    if len(panel.lines) > 1 or panel.mark is not None:
-        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
+        at, label = panel.mark
+        axes.axvline(at, color="#999999", linewidth=1.2, linestyle=(0, (4, 3)), zorder=0, label=label)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.16))
 
 
 def _finite(value: Any) -> Any:

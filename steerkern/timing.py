@@ -38,11 +38,13 @@ class Quartiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """One way of doing the work: ``run`` is timed, ``setting`` is entered before the clock starts and left after it stops."""
+    """One way of doing the work."""
 
     name: str
-    run: Callable[[], object]
+    run: Callable[[], Any]
+    """What is timed."""
     setting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    """Entered before the clock starts, left after it stops."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def interleave(
 
     Args:
         contenders: at least one, with names of their own.
-        rounds: timed rounds; odd ones run in the opposite order, and every pair of rounds starts with the next contender.
+        rounds: timed rounds; odd ones run in the opposite order, every pair of them starts with the next contender.
         warmup: rounds that are run first and not counted.
         synchronize: waits for the device, called before the clock starts and before it stops.
         step: called after every round, to show progress.
@@ -168,7 +170,7 @@ def generate_exactly(model: Any, inputs: Mapping[str, Any], tokens: int) -> Tens
 def ablation_hooks(model: nn.Module, unit: Tensor) -> Iterator[None]:
     """Ablate ``unit [H]`` at the input of every block as steering is commonly written: a forward pre-hook per block."""
 
-    def ablate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def ablate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         h = block_input(args, kwargs)
         edited = h - (h @ v).unsqueeze(-1) * v
         return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .. import refusal
 from ..report import Provenance, Report
-from .effects import edit, strength_plot, sweep
+from .effects import edit, effect_table, receipt_table, reply_table, strength_plot, sweep
 from .examples import QUICK, Example, Examples, Size, organism_examples, split_examples
 from .layers import Found, find, layer_table, profile_plot
-from .speed import measure_speed
+from .speed import measure_speed, ratio_table, speed_table
 from .subject import Progress, Subject
+
+__all__ = ["QUICK", "Example", "Examples", "Progress", "Size", "Subject", "organism_examples", "run", "split_examples"]
 
 ORGANISM_NOTE = (
     "The organism is a tiny chat model that was constructed so that its planted directions carry the behaviour: these "
@@ -16,47 +20,64 @@ ORGANISM_NOTE = (
 )
 
 
-def run(subject: Subject, examples: dict[str, Examples], size: Size, *, threads: int = 1, seed: int = 0) -> Report:
-    """Extract, choose, edit, sweep and time; see :class:`Report` for what to do with the result.
+def run(subject: Subject, examples: Mapping[str, Examples], size: Size, *, threads: int = 1, seed: int = 0) -> Report:
+    """Extract, choose a layer, edit, sweep the strength and time the decoding.
 
     Args:
         subject: the model.
-        examples: ``train``, ``validation`` and ``heldout``.
+        examples: ``train``, ``validation`` and ``heldout`` prompts.
         size: how much to run.
         threads: threads of torch while decoding is timed.
-        seed: of the random control direction.
+        seed: of the random direction that serves as control.
     """
-    found = find(subject, examples)
     heldout = examples["heldout"]
-    effects, sample = edit(subject, found, heldout, seed)
+    found = find(subject, examples["train"], examples["validation"])
+    effects = edit(subject, found, heldout, seed)
     curves = sweep(subject, found, heldout, size.points)
-    speed, ratios, timings, backend = measure_speed(subject, found, heldout, size, threads)
-    layer = found.layer
-    notes = [ORGANISM_NOTE] if subject.organism else []
-    notes += [
-        f"Refusal direction: difference of means at the last prompt token, {len(examples['train'].harmful)} harmful and "
-        f"{len(examples['train'].harmless)} harmless prompts; layer {layer} of {subject.depth} chosen on "
-        f"{len(examples['validation'].harmful)} + {len(examples['validation'].harmless)} validation prompts; "
-        f"replies scored by {refusal.get(subject.scorer).label}.",
-    ]
-    sets = {f"{split}.{side}": [e.text for e in getattr(examples[split], side)] for split in examples for side in ("harmful", "harmless")}
-    model = found.directions.model
-    assert model is not None
+    speed = measure_speed(subject, found, heldout, size, threads)
+    tables = [layer_table(found), effect_table(subject, effects), receipt_table(effects)]
+    if subject.organism:
+        tables.append(reply_table(effects))
     return Report(
         f"steerkern demo: {subject.source}",
-        Provenance.of(
-            "demo",
-            source=subject.source,
-            fingerprint=model,
-            dtype=str(subject.model.dtype).removeprefix("torch."),
-            device=str(subject.model.device),
-            backend=backend,
-            seed=seed,
-            scorer=refusal.get(subject.scorer).label,
-            prompts=sets,
-        ),
-        tuple(notes),
-        (layer_table(found), effects, *([sample] if sample else []), speed, ratios),
+        _provenance(subject, examples, found, speed.backend, seed),
+        _notes(subject, examples, found),
+        (*tables, speed_table(subject, speed), ratio_table(subject, speed)),
         (profile_plot(subject, found), strength_plot(subject, found, curves)),
-        {"layer": layer, "strengths": curves, "seconds_per_round": timings.to_json(), "tokens_per_round": size.tokens},
+        {"layer": found.layer, "strengths": curves, "seconds": speed.timings.to_json(), "tokens_per_run": size.tokens},
+    )
+
+
+def _notes(subject: Subject, examples: Mapping[str, Examples], found: Found) -> tuple[str, ...]:
+    train, check = examples["train"], examples["validation"]
+    notes = [ORGANISM_NOTE] if subject.organism else []
+    notes.append(
+        f"Direction: difference of means at the last prompt token over {len(train.harmful)} harmful and "
+        f"{len(train.harmless)} harmless prompts. Layer {found.layer} of {subject.depth} chosen on "
+        f"{len(check.harmful)} + {len(check.harmless)} others. Replies scored by {refusal.get(subject.scorer).label}."
+    )
+    if found.added[found.layer] - found.ablated[found.layer] < 0.5:
+        notes.append("No layer's direction carries refusal here: adding and ablating it differ by less than half.")
+    return tuple(notes)
+
+
+def _provenance(
+    subject: Subject, examples: Mapping[str, Examples], found: Found, backend: str, seed: int
+) -> Provenance:
+    fingerprint = found.directions.model
+    assert fingerprint is not None
+    prompts = {}
+    for split, sides in examples.items():
+        prompts[f"{split} harmful"] = [example.text for example in sides.harmful]
+        prompts[f"{split} harmless"] = [example.text for example in sides.harmless]
+    return Provenance.of(
+        "demo",
+        source=subject.source,
+        fingerprint=fingerprint,
+        dtype=subject.dtype,
+        device=str(subject.model.device),
+        backend=backend,
+        seed=seed,
+        scorer=refusal.get(subject.scorer).label,
+        prompts=prompts,
     )

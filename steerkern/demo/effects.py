@@ -3,70 +3,118 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..edits import ablate, add, clamp
 from ..plan import Plan
-from ..report import Column, Line, Panel, Plot, Table
+from ..report import Column, Line, Panel, Plot, Row, Table
 from ..runtime.receipt import PlanReceipt
 from .examples import Example, Examples
 from .layers import Found
-from .subject import Subject
+from .subject import Answers, Subject
 
 
-def edit(subject: Subject, found: Found, heldout: Examples, seed: int) -> tuple[Table, Table | None]:
-    """Refusal rates before and after each edit on held-out prompts; the second table shows replies, where they are tame."""
+class Trial(NamedTuple):
+    """One edit and the side of the prompts that it is tried on."""
+
+    title: str
+    plan: Plan
+    side: str
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Replies of the stock model and under every trial, to the same prompts."""
+
+    heldout: Examples
+    trials: tuple[Trial, ...]
+    stock: Answers
+    edited: Answers
+
+    def before(self, side: str) -> list[str]:
+        """Replies of the stock model to one side."""
+        return self.stock.groups[("harmful", "harmless").index(side)]
+
+
+def trials(found: Found, seed: int) -> tuple[Trial, ...]:
+    """Every edit that should flip refusal, one that should not, and two along a random direction of the same norm."""
     at, layer = found.directions[found.layer], found.layer
-    random_unit = torch.nn.functional.normalize(torch.randn(at.raw.numel(), generator=torch.Generator().manual_seed(seed)), dim=0)
-    trials: list[tuple[str, Plan, str]] = [
-        ("ablate at every layer", Plan(ablate(at.unit), name="ablate"), "harmful"),
-        (f"subtract at layer {layer}", Plan(add(at, -1.0), layers=layer, name="subtract"), "harmful"),
-        (f"clamp to the harmless mean, layer {layer}", Plan(clamp(at.unit, found.harmless_mean[layer]), layers=layer, name="clamp down"), "harmful"),
-        (f"add at layer {layer}", Plan(add(at), layers=layer, name="add"), "harmless"),
-        (f"clamp to the harmful mean, layer {layer}", Plan(clamp(at.unit, found.harmful_mean[layer]), layers=layer, name="clamp up"), "harmless"),
-        ("side effect: ablate at every layer", Plan(ablate(at.unit), name="ablate harmless"), "harmless"),
-        ("control: ablate a random direction", Plan(ablate(random_unit), name="ablate random"), "harmful"),
-        (f"control: add a random one, layer {layer}", Plan(add(random_unit * at.norm), layers=layer, name="add random"), "harmless"),
-    ]  # fmt: skip
-    bare = subject.ask("held-out prompts", [(None, heldout.harmful), (None, heldout.harmless)]).groups
-    before = dict(zip(("harmful", "harmless"), bare, strict=True))
-    answers = subject.ask("held-out prompts, edited", [(plan, getattr(heldout, side)) for _, plan, side in trials])
-    rows = []
-    for (title, plan, side), texts in zip(trials, answers.groups, strict=True):
-        receipt = answers.receipt[plan.name]
-        rows.append(
-            {
-                "edit": title,
-                "prompts": f"{len(texts)} {side}",
-                "before": subject.refused(before[side]),
-                "after": subject.refused(texts),
-                "exact": _exact(getattr(heldout, side), texts),
-                "tokens": receipt.tokens,
-                "sites": _sites(receipt),
-            }
-        )
-    columns = [Column("edit", "edit"), Column("prompts", "prompts"), Column("before", "refused before", ".0%"), Column("after", "after", ".0%")]
+    noise = torch.randn(at.raw.numel(), generator=torch.Generator().manual_seed(seed))
+    noise = noise / noise.norm() * at.norm
+    up, down = clamp(at.unit, found.harmful_mean[layer]), clamp(at.unit, found.harmless_mean[layer])
+    return (
+        Trial("ablate, every layer", Plan(ablate(at.unit), name="ablate"), "harmful"),
+        Trial(f"subtract, layer {layer}", Plan(add(at, -1.0), layers=layer, name="subtract"), "harmful"),
+        Trial(f"clamp to harmless mean, layer {layer}", Plan(down, layers=layer, name="clamp down"), "harmful"),
+        Trial(f"add, layer {layer}", Plan(add(at), layers=layer, name="add"), "harmless"),
+        Trial(f"clamp to harmful mean, layer {layer}", Plan(up, layers=layer, name="clamp up"), "harmless"),
+        Trial("side effect: ablate, every layer", Plan(ablate(at.unit), name="ablate harmless"), "harmless"),
+        Trial("control: ablate a random direction", Plan(ablate(noise), name="ablate random"), "harmful"),
+        Trial(f"control: add it, layer {layer}", Plan(add(noise), layers=layer, name="add random"), "harmless"),
+    )
+
+
+def edit(subject: Subject, found: Found, heldout: Examples, seed: int) -> Effects:
+    """Ask the held-out prompts without steering, then under every trial in the same batches."""
+    tried = trials(found, seed)
+    stock = subject.ask("held-out prompts", [(None, heldout.harmful), (None, heldout.harmless)])
+    edited = subject.ask("held-out prompts, edited", [(t.plan, getattr(heldout, t.side)) for t in tried])
+    return Effects(heldout, tried, stock, edited)
+
+
+def effect_table(subject: Subject, effects: Effects) -> Table:
+    """Refusal rates before and after every edit."""
+    rows: list[Row] = [
+        {
+            "edit": trial.title,
+            "side": trial.side,
+            "prompts": len(texts),
+            "before": subject.refused(effects.before(trial.side)),
+            "after": subject.refused(texts),
+            "exact": _exact(getattr(effects.heldout, trial.side), texts),
+        }
+        for trial, texts in zip(effects.trials, effects.edited.groups, strict=True)
+    ]
+    columns = [
+        Column("edit", "edit"),
+        Column("side", "prompts"),
+        Column("prompts", "n"),
+        Column("before", "refused", ".0%"),
+        Column("after", "edited", ".0%"),
+    ]
+    note = "Share of replies that refuse; all edits ran in the same batches, each row under its own plan."
     if subject.organism:
         columns.append(Column("exact", "word for word", ".0%"))
-    columns += [Column("tokens", "receipt: tokens", ","), Column("sites", "at sites")]
-    note = "All edits ran in the same batches of one session, each row with its own plan."
-    if subject.organism:
-        note += " Word for word: replies that are exactly the refusal or the compliance that the prompt should get."
-    effects = Table("effects", "Refusal on held-out prompts", tuple(columns), tuple(rows), note)
-    if not subject.organism:
-        return effects, None
-    shown = [("stock", "harmful", before["harmful"]), ("ablate", "harmful", answers.groups[0])]
-    shown += [("stock", "harmless", before["harmless"]), ("add", "harmless", answers.groups[3])]
-    lines = [{"prompt": getattr(heldout, side)[0].text, "edit": name, "reply": texts[0].strip()} for name, side, texts in shown]
-    titles = (Column("prompt", "prompt"), Column("edit", "edit"), Column("reply", "reply"))
-    return effects, Table("replies", "Two of these prompts", titles, tuple(lines))
+        note += " Word for word: edited replies that are exactly one of the two sentences the model was trained to say."
+    return Table("effects", "Refusal on held-out prompts", tuple(columns), tuple(rows), note)
 
 
-def _exact(examples: Sequence[Example], texts: Sequence[str]) -> float | None:
-    """Share of replies that are word for word the refusal or the compliance of their prompt."""
-    hits = [text.strip() in (e.refusing, e.complying) for e, text in zip(examples, texts, strict=True) if e.refusing]
-    return sum(hits) / len(hits) if hits else None
+def receipt_table(effects: Effects) -> Table:
+    """What the session says it wrote."""
+    receipts = effects.edited.receipt.plans.values()
+    rows: list[Row] = [{"plan": r.name, "tokens": r.tokens, "rows": len(r.rows), "sites": _sites(r)} for r in receipts]
+    columns = (Column("plan", "plan"), Column("tokens", "tokens written", ","), Column("sites", "at"))
+    return Table("receipt", "The session's receipt", columns, tuple(rows))
+
+
+def reply_table(effects: Effects) -> Table:
+    """The first harmful and the first harmless prompt, with their replies."""
+    by_plan = {trial.plan.name: texts for trial, texts in zip(effects.trials, effects.edited.groups, strict=True)}
+    shown = [
+        ("harmful", "none", effects.before("harmful")),
+        ("harmful", "ablate", by_plan["ablate"]),
+        ("harmless", "none", effects.before("harmless")),
+        ("harmless", "add", by_plan["add"]),
+    ]
+    rows: list[Row] = [
+        {"prompt": getattr(effects.heldout, side)[0].text, "edit": name, "reply": texts[0].strip()}
+        for side, name, texts in shown
+    ]
+    columns = (Column("prompt", "prompt"), Column("edit", "edit"), Column("reply", "reply"))
+    return Table("replies", "Two of these prompts", columns, tuple(rows))
 
 
 def sweep(subject: Subject, found: Found, heldout: Examples, points: int) -> dict[str, dict[str, list[float]]]:
@@ -80,15 +128,10 @@ def sweep(subject: Subject, found: Found, heldout: Examples, points: int) -> dic
     ]
     curves = {}
     for kind, build, prompts in kinds:
-        asked = [(build(s, f"{kind} {i}") if s else None, prompts) for i, s in enumerate(strengths)]
-        rates = [subject.refused(texts) for texts in subject.ask(f"strengths: {kind}", asked).groups]
+        questions = [(build(s, f"{kind} {i}") if s else None, prompts) for i, s in enumerate(strengths)]
+        rates = [subject.refused(texts) for texts in subject.ask(f"strengths: {kind}", questions).groups]
         curves[kind] = {"strength": strengths, "refused": rates}
     return curves
-
-
-def _sites(receipt: PlanReceipt) -> str:
-    sites = receipt.sites
-    return str(sites[0]) if len(sites) == 1 else f"{sites[0]} to {sites[-1]}"
 
 
 def strength_plot(subject: Subject, found: Found, curves: dict[str, dict[str, list[float]]]) -> Plot:
@@ -98,14 +141,28 @@ def strength_plot(subject: Subject, found: Found, curves: dict[str, dict[str, li
         return Line(label, tuple(curves[kind]["strength"]), tuple(curves[kind]["refused"]))
 
     layer = found.layer
-    unit = "strength (1 = the distance of the class means)"
-    harmless = (line(f"direction added at layer {layer}", "add"),)
-    harmful = (line(f"direction subtracted at layer {layer}", "subtract"), line("direction ablated in part, every layer (1 = removed)", "ablate"))
+    harmless = (line(f"c · direction added, layer {layer}", "add"),)
+    harmful = (
+        line(f"c · direction subtracted, layer {layer}", "subtract"),
+        line("share c of the coordinate ablated, every layer", "ablate"),
+    )
     return Plot(
         "refusal-strength",
-        f"Refusal against strength, held-out prompts ({subject.source})",
+        f"Refusal against strength, held-out prompts: {subject.source}",
         (
-            Panel("Harmless prompts", unit, "prompts refused", harmless, share=True),
-            Panel("Harmful prompts", "strength", "prompts refused", harmful, share=True),
+            Panel("Harmless prompts", "strength c", "prompts refused", harmless, share=True),
+            Panel("Harmful prompts", "strength c", "prompts refused", harmful, share=True),
         ),
+        "c = 1 adds the whole difference of the class means, or ablates the direction completely.",
     )
+
+
+def _exact(examples: Sequence[Example], texts: Sequence[str]) -> float | None:
+    """Share of replies that are word for word the refusal or the compliance of their prompt."""
+    hits = [text.strip() in (e.refusing, e.complying) for e, text in zip(examples, texts, strict=True) if e.refusing]
+    return sum(hits) / len(hits) if hits else None
+
+
+def _sites(receipt: PlanReceipt) -> str:
+    sites = receipt.sites
+    return str(sites[0]) if len(sites) == 1 else f"{sites[0]} to {sites[-1]}, {len(sites)} sites"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..extraction import Prompt
 
@@ -40,7 +39,7 @@ class Size:
     validation: int = 32
     heldout: int = 64
     points: int = 13
-    rounds: int = 24
+    rounds: int = 20
     tokens: int = 64
 
 
@@ -49,15 +48,21 @@ QUICK = Size(train=48, validation=16, heldout=24, points=7, rounds=6, tokens=24)
 
 def organism_examples(size: Size) -> dict[str, Examples]:
     """Prompts of the bundled organism: training pairs for extraction and choice, held-out pairs for the results."""
-    from .organism import grammar
+    from ..organism import grammar, vocabulary
 
-    def draw(kind: grammar.Kind, split: Any, skip: int, count: int) -> tuple[Example, ...]:
+    def reply(prompt: grammar.Prompt, behaviour: grammar.Behaviour) -> str:
+        return grammar.retarget(prompt, expected=behaviour).reply
+
+    def draw(kind: grammar.Kind, split: vocabulary.Split, skip: int, count: int) -> tuple[Example, ...]:
         drawn = grammar.prompts(kind, split, skip + count)[skip:]
-        exact = [tuple(grammar.retarget(p, expected=b).reply for b in ("refuse", "comply")) for p in drawn]
-        return tuple(Example(p.messages, *replies) for p, replies in zip(drawn, exact, strict=True))
+        return tuple(Example(p.messages, reply(p, "refuse"), reply(p, "comply")) for p in drawn)
 
-    shape = {"train": ("train", 0, size.train), "validation": ("train", size.train, size.validation), "heldout": ("heldout", 0, size.heldout)}
-    return {name: Examples(draw("harmful", *at), draw("harmless", *at)) for name, at in shape.items()}
+    parts: dict[str, tuple[vocabulary.Split, int, int]] = {
+        "train": ("train", 0, size.train),
+        "validation": ("train", size.train, size.validation),
+        "heldout": ("heldout", 0, size.heldout),
+    }
+    return {name: Examples(draw("harmful", *part), draw("harmless", *part)) for name, part in parts.items()}
 
 
 def split_examples(harmful: Sequence[str], harmless: Sequence[str], size: Size, seed: int = 0) -> dict[str, Examples]:

@@ -15,7 +15,7 @@ from .examples import Examples
 from .subject import Question, Subject
 
 DEPTH = 0.8
-"""Directions of the last fifth of the layers are not tried: an edit there acts on the next word, not on the decision."""
+"""Directions of the last fifth of the layers are not tried: an edit there acts on the next word, not the decision."""
 AT_ONCE = 16
 """Layers that are tried in one session, so that its slot table holds their plans."""
 
@@ -30,18 +30,14 @@ class Found:
     harmless_mean: dict[int, float]
     separation: dict[int, float]
     ablated: dict[int, float]
+    """Refusal of harmful prompts with the layer's direction ablated everywhere, for the layers that were tried."""
     added: dict[int, float]
+    """Refusal of harmless prompts with it added at the layer."""
     layer: int
 
-    @property
-    def candidates(self) -> list[int]:
-        """Layers that were tried."""
-        return sorted(self.ablated)
 
-
-def find(subject: Subject, examples: dict[str, Examples]) -> Found:
-    """Directions per layer from the training prompts, and the best layer on the validation prompts."""
-    train, check = examples["train"], examples["validation"]
+def find(subject: Subject, train: Examples, check: Examples) -> Found:
+    """Directions per layer from the prompts of ``train``, and the best layer on those of ``check``."""
     where: Position = "t_post"
     with subject.progress("reading the residual stream", 1) as step:
         contrast = means(
@@ -55,14 +51,15 @@ def find(subject: Subject, examples: dict[str, Examples]) -> Found:
             progress=False,
         )[where]
         directions = contrast.directions("resid_pre", "refusal")
+        size = subject.batch_size
         sides = [
-            states(subject.model, subject.render(side), (where,), batch_size=subject.batch_size, progress=False)[:, :, 0]
+            states(subject.model, subject.render(side), (where,), batch_size=size, progress=False)[:, :, 0]
             for side in (check.harmful, check.harmless)
         ]
         step(1)
     separation = {layer: _separation(sides[0][:, layer], sides[1][:, layer], d.unit) for layer, d in directions.items()}
     ablated, added = _try_layers(subject, directions, check)
-    # the tie-break matters: in a clear case several layers reach 0 and 1
+    # in a clear case several layers reach 0 and 1: separation decides among them
     layer = max(ablated, key=lambda at: (added[at] - ablated[at], separation[at]))
     up, down = contrast.positive.at("resid_pre"), contrast.negative.at("resid_pre")
     return Found(
@@ -105,8 +102,8 @@ def layer_table(found: Found) -> Table:
         Column("layer", "layer"),
         Column("norm", "norm", ".2f"),
         Column("separation", "separation", ".1f"),
-        Column("ablated", "harmful refused, ablated", ".0%"),
-        Column("added", "harmless refused, added", ".0%"),
+        Column("ablated", "ablated: harmful refused", ".0%"),
+        Column("added", "added: harmless refused", ".0%"),
         Column("chosen", ""),
     )
     rows = tuple(
@@ -127,19 +124,21 @@ def layer_table(found: Found) -> Table:
 def profile_plot(subject: Subject, found: Found) -> Plot:
     """The same numbers as a picture."""
     layers = tuple(map(float, found.directions))
-    tried = tuple(map(float, found.candidates))
+    tried = tuple(map(float, found.ablated))
     mark = (float(found.layer), f"chosen: layer {found.layer}")
     norm = Line("norm", layers, tuple(d.norm for d in found.directions.values()))
-    separation = Line("separation", layers, tuple(found.separation[int(layer)] for layer in layers))
-    ablated = Line("harmful prompts, its direction ablated everywhere", tried, tuple(found.ablated[int(at)] for at in tried))
-    added = Line("harmless prompts, its direction added there", tried, tuple(found.added[int(at)] for at in tried))
-    x = "layer l (resid_pre[l])"
+    separation = Line("separation", layers, tuple(found.separation.values()))
+    ablated = Line("harmful prompts, direction of l ablated at every layer", tried, tuple(found.ablated.values()))
+    added = Line("harmless prompts, direction of l added at l", tried, tuple(found.added.values()))
+    x, distance = "layer l (resid_pre[l])", "distance of means (std. deviations)"
+    alike = "Layer 0 has no direction: there the last prompt token is the same for every prompt."
     return Plot(
         "layer-profile",
         f"The refusal direction by layer: {subject.source}",
         (
             Panel("Norm of the difference of means", x, "norm (residual units)", (norm,), whole=True, mark=mark),
-            Panel("Separation of the classes", x, "distance of means (std. deviations)", (separation,), whole=True, mark=mark),
+            Panel("Separation of the classes", x, distance, (separation,), whole=True, mark=mark),
             Panel("Refusal after editing", x, "prompts refused", (ablated, added), share=True, whole=True, mark=mark),
         ),
+        "" if 0 in found.directions else alike,
     )

@@ -2,83 +2,114 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..edits import ablate
 from ..plan import Plan
 from ..replies import encode
-from ..report import Column, Table
+from ..report import Column, Row, Table
 from ..runtime.session import steer
 from ..timing import Quartiles, Timings, decode_contenders, interleave
 from .examples import Examples, Size
 from .layers import Found
 from .subject import Subject
 
+WARMUP = 2
+
 NAMES = {
     "stock": "stock model",
-    "hook": "hand-written hooks, ablating",
-    "fused": "steerkern attached, no row steered",
-    "steerkern": "steerkern, ablating",
+    "hook": "hooks: ablation written by hand",
+    "fused": "attached: steerkern, no row steered",
+    "steerkern": "steered: steerkern, the same ablation",
 }
+SHORT = {name: title.partition(":")[0] for name, title in NAMES.items()} | {"stock": "stock"}
+PATTERNS = {"fused": "stock", "steerkern": "hook"}
+"""Which contender must make the tokens of which other."""
+
+PAIRS = (("steerkern", "stock"), ("steerkern", "hook"), ("steerkern", "fused"), ("fused", "stock"), ("hook", "stock"))
 
 
-def measure_speed(
-    subject: Subject, found: Found, heldout: Examples, size: Size, threads: int
-) -> tuple[Table, Table, Timings, str]:
-    """Tokens per second of stock, hook, fused but unsteered, and steered, after checking that they do the same work."""
+@dataclass(frozen=True)
+class Speed:
+    """The timings, and whether those that must agree made the same tokens."""
+
+    timings: Timings
+    agreement: dict[str, str]
+    size: Size
+    threads: int
+    backend: str
+
+
+def measure_speed(subject: Subject, found: Found, heldout: Examples, size: Size, threads: int) -> Speed:
+    """Check that the four ways of decoding do the same work, then time them in turn."""
     unit = found.directions[found.layer].unit
     plan = Plan(ablate(unit), name="ablate")
     inputs = encode(subject.model, subject.render(heldout.harmful[:1]))
+    contenders = decode_contenders(subject.model, inputs, size.tokens, plan, unit)
     usual = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        contenders = decode_contenders(subject.model, inputs, size.tokens, plan, unit)
-        made = {}
+        made: dict[str, Tensor] = {}
         for contender in contenders:
             with contender.setting():
                 made[contender.name] = contender.run()
-        backend = _backend(subject, plan)
-        with subject.progress("timing, four ways in turn", size.rounds + 2) as step:
-            wait = torch.cuda.synchronize if subject.model.device.type == "cuda" else None
-            timings = interleave(contenders, rounds=size.rounds, synchronize=wait, step=lambda: step(1))
+        wait = torch.cuda.synchronize if subject.model.device.type == "cuda" else None
+        with subject.progress("timing, four ways in turn", size.rounds + WARMUP) as step:
+            timings = interleave(contenders, rounds=size.rounds, warmup=WARMUP, synchronize=wait, step=lambda: step(1))
     finally:
         torch.set_num_threads(usual)
-    rows = []
-    for name, pattern in (("stock", None), ("hook", None), ("fused", "stock"), ("steerkern", "hook")):
-        rate = timings.rate(name, size.tokens)
-        rows.append({"name": NAMES[name], "rate": rate.median, "quartiles": _span(rate, ".0f"), "same": _same(made, name, pattern)})
+    agreement = {name: _agreement(made[name], made[pattern]) for name, pattern in PATTERNS.items()}
+    return Speed(timings, agreement, size, threads, _backend(subject, plan))
+
+
+def speed_table(subject: Subject, speed: Speed) -> Table:
+    """Tokens per second of each way."""
+    rows: list[Row] = []
+    for name, title in NAMES.items():
+        rate = speed.timings.rate(name, speed.size.tokens)
+        same = f"{SHORT[PATTERNS[name]]}: {speed.agreement[name]}" if name in PATTERNS else ""
+        rows.append({"name": title, "rate": rate.median, "quartiles": _span(rate, ".0f"), "same": same})
+    columns = (
+        Column("name", "decoding"),
+        Column("rate", "tokens/s", ".0f"),
+        Column("quartiles", "quartiles"),
+        Column("same", "same tokens as"),
+    )
     parameters = sum(p.numel() for p in subject.model.parameters())
     note = (
-        f"Greedy model.generate of {size.tokens} tokens, batch 1, {threads} thread{'s' if threads > 1 else ''}, {size.rounds} "
-        f"interleaved rounds, {parameters:,} parameters in {str(subject.model.dtype).removeprefix('torch.')}, backend {backend}."
+        f"Greedy model.generate of {speed.size.tokens} tokens, batch 1, threads: {speed.threads}, interleaved rounds: "
+        f"{speed.size.rounds}; {parameters:,} parameters in {subject.dtype}; backend {speed.backend}."
     )
-    columns = (Column("name", "decoding"), Column("rate", "tokens/s", ".0f"), Column("quartiles", "quartiles"), Column("same", "same tokens as"))
-    speed = Table("speed", "Decoding speed", columns, tuple(rows), note)
-    pairs = (("steerkern", "stock"), ("steerkern", "hook"), ("steerkern", "fused"), ("fused", "stock"), ("hook", "stock"))
-    lines = []
-    for ours, theirs in pairs:
-        ratio = timings.speedup(ours, theirs)
-        lines.append({"pair": f"{NAMES[ours]} / {NAMES[theirs]}", "ratio": ratio.median, "quartiles": _span(ratio, ".3f")})
-    note = "Ratios of tokens/s within each round; above 1 the first is faster."
+    return Table("speed", "Decoding speed", columns, tuple(rows), note)
+
+
+def ratio_table(subject: Subject, speed: Speed) -> Table:
+    """Ratios of tokens per second, taken within each round."""
+    rows: list[Row] = []
+    for ours, theirs in PAIRS:
+        ratio, pair = speed.timings.speedup(ours, theirs), f"{SHORT[ours]} / {SHORT[theirs]}"
+        rows.append({"pair": pair, "ratio": ratio.median, "quartiles": _span(ratio, ".3f")})
+    note = "Above 1 the first is faster; the ratio is taken within each round."
     if subject.organism:
-        note += " A model this small spends its time in Python, not in its weights: ratios shrink with size."
-    titles = (Column("pair", "pair"), Column("ratio", "median ratio", ".3f"), Column("quartiles", "quartiles"))
-    return speed, Table("ratios", "Ratios", titles, tuple(lines), note), timings, backend
+        note += " A model this tiny spends its time on Python and launches: expect ratios nearer 1 on larger ones."
+    columns = (Column("pair", "pair"), Column("ratio", "median ratio", ".3f"), Column("quartiles", "quartiles"))
+    return Table("ratios", "Ratios of tokens per second", columns, tuple(rows), note)
 
 
-def _same(made: dict[str, Tensor], name: str, pattern: str | None) -> str:
-    if pattern is None:
-        return ""
-    differ = (made[name] != made[pattern]).nonzero()
-    return f"{pattern}: yes" if not len(differ) else f"{pattern}: no, from token {int(differ[0, 1])}"
+def _agreement(made: Tensor, pattern: Tensor) -> str:
+    """``yes``, or where two continuations part: in half types a hook may round differently from the kernel."""
+    differ = (made != pattern).nonzero()
+    return "no, from token " + str(int(differ[0, 1])) if len(differ) else "yes"
 
 
 def _backend(subject: Subject, plan: Plan) -> str:
     with steer(subject.model, plan, silent="ignore") as session:
         if session.backend != "cpu":
             return session.backend
-    from . import _C
+    from .. import _C
 
     return f"cpu ({_C.isa()})"
 

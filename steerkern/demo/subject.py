@@ -12,7 +12,7 @@ from ..extraction import Rendered, render
 from ..plan import Plan
 from ..replies import replies
 from ..runtime.receipt import Receipt
-from ..runtime.session import steer
+from ..runtime.session import Session, steer
 from .examples import Example
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -59,12 +59,13 @@ class Subject:
         return refusal.rate(self.scorer, texts)
 
     def ask(self, label: str, questions: Sequence[Question]) -> Answers:
-        """Ask each group of prompts under its own plan, all groups mixed in the same batches of one session."""
+        """Ask each group of prompts under its own plan, all in the same batches; without plans, no session."""
         prompts = [example for _, examples in questions for example in examples]
         plans = [plan for plan, _ in questions if plan is not None]
         rows = [None if plan is None else plan.name for plan, examples in questions for _ in examples]
         rendered = self.render(prompts)
-        with self.progress(label, len(prompts)) as step, steer(self.model, plans) as session:
+        attached: AbstractContextManager[Session | None] = steer(self.model, plans) if plans else nullcontext()
+        with self.progress(label, len(prompts)) as step, attached as session:
             texts = replies(
                 self.model,
                 self.tokenizer,
@@ -72,10 +73,10 @@ class Subject:
                 max_new_tokens=self.new_tokens,
                 batch_size=self.batch_size,
                 session=session,
-                rows=rows,
+                rows=rows if plans else None,
                 step=step,
             )
-            receipt = session.receipt()
+            receipt = Receipt({}) if session is None else session.receipt()
         groups, start = [], 0
         for _, examples in questions:
             groups.append(texts[start : start + len(examples)])

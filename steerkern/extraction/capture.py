@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..runtime.sites import block_input, block_output, find_decoder, text_config
+from ..runtime.decoder import block_input, block_output, find_decoder, text_config
 from .template import Position, Rendered
 
 
@@ -59,10 +58,10 @@ def capture(
         raise ValueError(f"positions must be a list with at least one position, got {positions!r}")
     model = getattr(model, "_orig_mod", model)
     check_prompts(model, rendered)
-    offsets = [[prompt.at(position) - len(prompt.ids) for position in positions] for prompt in rendered]
+    chosen = [[prompt.at(position) for position in positions] for prompt in rendered]
     order = sorted(range(len(rendered)), key=lambda i: (-len(rendered[i].ids), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return _stream(model, rendered, offsets, batches, progress, label)
+    return _stream(model, rendered, chosen, batches, progress, label)
 
 
 def states(
@@ -99,31 +98,32 @@ def check_prompts(model: nn.Module, rendered: Sequence[Rendered]) -> None:
 def _stream(
     model: nn.Module,
     rendered: Sequence[Rendered],
-    offsets: list[list[int]],
+    chosen: list[list[int]],
     batches: list[list[int]],
     progress: bool,
     label: str,
 ) -> Iterator[Captured]:
     decoder, blocks = find_decoder(model)
     device = next(decoder.parameters()).device
-    places = "position_ids" in inspect.signature(type(decoder).forward).parameters
     with _bar(len(rendered), progress, label) as advance:
         for batch in batches:
-            ids, mask = pad_left([rendered[i].ids for i in batch], device)
+            ids, mask = pad([rendered[i].ids for i in batch], device)
             inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            if places:
-                # learned positions must count from each prompt's first token, not from its padding
-                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-            columns = torch.tensor([offsets[i] for i in batch], device=device) + ids.shape[1]
+            columns = torch.tensor([chosen[i] for i in batch], device=device)
             yield Captured(tuple(batch), _read(decoder, blocks, inputs, columns))
             advance(len(batch))
 
 
-def pad_left(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 ``[B, S]``, padded on the left with token 0."""
+def pad(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 ``[B, S]``, padded on the right with token 0.
+
+    On the right, because a token then never sees the padding: positions count from the prompt's first token in every
+    model, a recurrent state starts clean, and no row of attention is masked whole. (With padding on the left, eager
+    attention in float64 fills such rows with NaN, which reaches the real tokens one block later.)
+    """
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     return ids.to(device), mask.to(device)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..artifacts import Fingerprint
 from ..directions import Directions
-from ..runtime.sites import find_decoder, text_config
+from ..runtime.decoder import find_decoder, text_config
 from .capture import Captured, capture, check_prompts
 from .template import Position, Prompt, Rendered, render
 
@@ -116,6 +116,7 @@ def means(
         "system": system,
         "model": _short(getattr(model.config, "_name_or_path", "")),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "batch_size": batch_size,
         "steerkern": _version(),
     }
     fingerprint = _fingerprint(model)

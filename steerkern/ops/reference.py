@@ -55,12 +55,10 @@ def edit_rows(
     mate = a.gather(1, link[Link.MATE].clamp(min=0).long())
     moved = value[Field.ALPHA] - value[Field.BETA] * a
     bounded = torch.minimum(torch.maximum(moved, value[Field.LO] - a), value[Field.HI] - a)
-    # hypot has no derivative at 0: a row without a component in the plane has nothing to rotate
-    square = a * a + mate * mate
-    radius = torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+    radius = _root(a * a + mate * mate)
     d = torch.where(has(flags, Flag.PAIR), value[Field.ALPHA] * radius - a, bounded)
 
-    norm = row.square().sum(-1, keepdim=True).sqrt()
+    norm = _root(row.square().sum(-1, keepdim=True))
     condition = a.gather(1, link[Link.GATE].clamp(min=0).long())
     cosine = torch.where(norm > 0, condition / torch.where(norm > 0, norm, 1.0), 0.0)
     condition = torch.where(has(flags, Flag.COSINE), cosine, condition)
@@ -74,11 +72,17 @@ def edit_rows(
         lift = lift + torch.where(acts[:, k : k + 1], coefficient[:, k : k + 1] * vectors[k], 0.0)
     edited = row + lift
     keep = has(mode, Mode.KEEP_NORM)[:, None]
-    after = edited.square().sum(-1, keepdim=True).sqrt()
+    after = _root(edited.square().sum(-1, keepdim=True))
     ratio = torch.where(keep & (after > 0), norm / torch.where(after > 0, after, 1.0), 1.0)
     edited = torch.where(keep, edited * ratio, edited)
     changed = (coefficient != 0).any(-1, keepdim=True)
     return torch.where(changed, edited.to(h.dtype), h)
+
+
+def _root(square: Tensor) -> Tensor:
+    # sqrt has no derivative at 0, and inf * 0 would make NaN of the gradient of a row that is all zeros
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
 
 def has(bits: Tensor, flag: int) -> Tensor:

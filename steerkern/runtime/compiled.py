@@ -16,8 +16,8 @@ from torch import Tensor
 class RowSetter(Protocol):
     """What the op calls: a session."""
 
-    def set_rows(self, batch: int, tokens: int, past: int, mask: Tensor | None) -> None:
-        """Set the row map for a forward of ``batch`` x ``tokens`` after ``past`` cached tokens."""
+    def set_rows(self, batch: int, tokens: int, past: int, mask: Tensor | None) -> Tensor:
+        """The slots ``[batch * tokens]`` of a forward after ``past`` cached tokens."""
 
 
 _SETTERS: weakref.WeakValueDictionary[int, RowSetter] = weakref.WeakValueDictionary()
@@ -47,7 +47,8 @@ def _rows(slot: Tensor, mask: Tensor | None, past: Tensor, batch: int, tokens: i
     if session is None:
         slot.fill_(-1)
         return
-    session.set_rows(batch, tokens, int(past), mask)
+    slots = session.set_rows(batch, tokens, int(past), mask)
+    slot[: slots.numel()].copy_(slots)  # the graph may have handed in a copy of the map's buffer
 
 
 def _rows_fake(slot: Tensor, mask: Tensor | None, past: Tensor, batch: int, tokens: int, setter: int) -> None:

@@ -11,9 +11,11 @@ from ..errors import PlanError
 from ..ops import cpu, reference
 from ..ops.schemas import Norm, Tables
 from ..program import Program
+from .decoder import block_input, block_output
+from .norms import NormSpec
 from .patch import stock_class
 from .rows import RowMap
-from .sites import FoundSite, NormSpec, block_input, block_output
+from .sites import FoundSite
 
 THREADED_ELEMENTS = 1 << 16
 """Below this many elements one thread is faster than waking others."""
@@ -121,19 +123,16 @@ class NormPoint(Point):
     ``forward`` follows it.
     """
 
-    def __init__(
-        self, spec: NormSpec, width: int, program: Program, rows: RowMap, number: int | None, backend: str
-    ) -> None:
+    def __init__(self, spec: NormSpec, program: Program, rows: RowMap, number: int | None, backend: str) -> None:
         super().__init__(program, rows, number, backend)
         self.spec = spec
-        self.width = width
+        self.width = spec.width
         self.dtype: torch.dtype | None = None
         self._parameters = spec.module._parameters
         self._forward = stock_class(type(spec.module)).forward
-        weight = spec.weight
-        if self.native and weight is not None and weight.dtype in cpu.DTYPE_CODES:
-            self.dtype = weight.dtype
-            self._kernel = cpu.bind(self.tables, width, self.dtype, spec.norm, spec.eps)
+        if self.native and spec.dtype in cpu.DTYPE_CODES:
+            self.dtype = spec.dtype
+            self._kernel = cpu.bind(self.tables, self.width, self.dtype, spec.norm, spec.eps)
 
     def __call__(self, state: Tensor) -> Tensor:
         """Edit ``state [..., H]`` in place and return it normalised."""
@@ -141,7 +140,10 @@ class NormPoint(Point):
             return self._slow(state)
         if torch.compiler.is_compiling():
             return self._traced(state)
-        if not state.is_contiguous():
+        parameters = self._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        # a weight cast since then would be read past its end
+        if not state.is_contiguous() or (weight is not None and weight.dtype is not self.dtype):
             return self._slow(state)
         slot, count = 0, state.numel() // self.width
         if self.tables is not None:
@@ -149,12 +151,10 @@ class NormPoint(Point):
             slot = self.rows.pointer
             if slot and count != self.rows.count:
                 raise PlanError(f"the state has {count} rows, the row map of this forward {self.rows.count}")
-        parameters = self._parameters
-        weight, bias = parameters["weight"], parameters.get("bias")
         out = torch.empty_like(state)
         fault = self._kernel(
             count, state.data_ptr(), self.width, slot,
-            weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+            0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
             1 if count * self.width < THREADED_ELEMENTS else torch.get_num_threads(),
         )  # fmt: skip
         if fault >= 0:
@@ -171,7 +171,7 @@ class NormPoint(Point):
         if tables is None:
             return reference.normalise(flat, spec.weight, spec.bias, spec.eps, spec.norm).view_as(state)
         slot = self.rows.slot[: flat.shape[0]]
-        weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         out = torch.ops.steerkern.steer_norm_(flat, slot, *tables, weight, bias, spec.eps, int(spec.norm))
         return out.view_as(state)
 

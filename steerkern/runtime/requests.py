@@ -70,14 +70,18 @@ class DecoderCalls:
         if not torch.compiler.is_compiling():
             self.rows.finish()
 
-    def set_rows(self, batch: int, tokens: int, past: int, mask: Tensor | None) -> None:
-        """The row map of a forward that runs as a compiled graph."""
+    def set_rows(self, batch: int, tokens: int, past: int, mask: Tensor | None) -> Tensor:
+        """The slots of a forward that runs as a compiled graph, which holds the address of the row map."""
+        rows = self.rows
+        if batch * tokens > rows.slot.numel():
+            raise PlanError(
+                f"a compiled forward of {batch * tokens} rows, the row map holds {rows.slot.numel()}; run one such forward "
+                "eagerly first, then compile"
+            )
         self.compiled = True
-        address = self.rows.slot.data_ptr()
         self._advance(batch, tokens, past, mask, None)
-        self.rows.finish()
-        if self.rows.slot.data_ptr() != address:
-            raise PlanError(f"a compiled forward of {batch * tokens} rows exceeds the row map; run one such forward eagerly first")
+        rows.finish()
+        return rows.slot[: batch * tokens]
 
     def _past(self, cache: Any) -> int:
         if cache is None:

@@ -60,14 +60,12 @@ class Session:
             else:
                 point = DoorPoint(found, self._program, self._rows, number, self.backend)
                 self._points.append(point)
-                parts.append((found.block, "call", point))
+                parts.append((found.door, "call", point))
         for spec in self.anatomy.norms:
             at = steered.get(spec.module)
             if at is None and fuse != "all":
                 continue
-            weight = spec.weight
-            width = self._program.width if weight is None else weight.numel()
-            norm = NormPoint(spec, width, self._program, self._rows, at, self.backend)
+            norm = NormPoint(spec, self._program, self._rows, at, self.backend)
             if at is not None:
                 self._points.append(norm)
             parts.append((spec.module, "norm", norm))

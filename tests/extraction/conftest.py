@@ -60,7 +60,9 @@ def build_tokenizer(template: str | None = LLAMA3, *, kind: str = "bytes") -> An
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         core.decoder = decoders.Metaspace(prepend_scheme="first")
         post, alphabet = [], sorted(set("".join(CORPUS)))
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
     core.train_from_iterator(CORPUS, trainer)
     bos = core.token_to_id("<|bos|>")
     post.append(processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]))

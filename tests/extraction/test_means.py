@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import steerkern as sk
-from steerkern import organism
+from steerkern import organism, refusal
 from steerkern.extraction import extract, means, render, states
 from steerkern.runtime.sites import examine
 
@@ -61,7 +61,7 @@ def test_directions_are_raw_and_know_their_making(model: Any, tokenizer: Any, pr
     assert flipped.provenance["negative"] == record["positive"]
 
 
-def test_record_survives_saving_and_holds_no_path(model: Any, prompts: list[str], make_tokenizer: Any, tmp_path: Any) -> None:
+def test_record_is_saved_and_holds_no_path(model: Any, prompts: list[str], make_tokenizer: Any, tmp_path: Any) -> None:
     tokenizer = make_tokenizer()
     tokenizer.name_or_path = str(tmp_path / "checkpoint")
     model.config._name_or_path = "owner/model"
@@ -128,7 +128,7 @@ def test_bad_sets_and_sites(model: Any, tokenizer: Any, prompts: list[str]) -> N
         extract(model, tokenizer, prompts, list(prompts))
     with pytest.raises(ValueError, match="site must be resid_pre or resid_post, got 'resid_mid'"):
         extract(model, tokenizer, prompts, OTHERS, site="resid_mid")
-    with pytest.raises(ValueError, match="prompt 1 has 1.. tokens, the model has 128 positions"):
+    with pytest.raises(ValueError, match=r"prompt 1 has 1\d\d tokens, the model has 128 positions"):
         extract(model, tokenizer, prompts, ["no", "time " * 120])
 
 
@@ -183,9 +183,7 @@ def test_organism_refusal_direction_removes_refusal() -> None:
     def refused() -> float:
         out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         replies = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return sk.refusal.rate("prefix", replies)
-
-    from steerkern import refusal  # noqa: F401 - makes sk.refusal
+        return refusal.rate("prefix", replies)
 
     assert refused() >= 0.95
     with sk.steer(model, sk.Plan(sk.ablate(direction), name="open"), backend="reference"):

@@ -93,6 +93,20 @@ def test_instruction_that_stands_in_the_system_prompt_too(make_tokenizer: Any, t
     assert got.n_suffix == render(tokenizer, ["letter"])[0].n_suffix
 
 
+def test_template_that_writes_the_system_prompt_into_the_user_turn(make_tokenizer: Any) -> None:
+    inside = (
+        "{% set s = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+        "{{ bos_token + ('[INST] ' + s + messages[-1]['content'] + ' [/INST]') | trim }}"
+    )
+    tokenizer = make_tokenizer(inside)
+    bare, full = (render(tokenizer, ["say no"], system=s)[0] for s in (None, "say no"))
+    for got in (bare, full):
+        end = got.text.rindex("say no") + 6
+        assert got.text[end:] == " [/INST]"
+        assert got.t_inst == brute_force(tokenizer, got.text, got.ids, end)
+    assert full.t_first - bare.t_first == full.t_inst - bare.t_inst > 0
+
+
 def test_template_that_trims_and_one_that_does_not(make_tokenizer: Any, templates: Any) -> None:
     trims, keeps = make_tokenizer(templates["llama3"]), make_tokenizer(templates["chatml"])
     assert render(trims, ["  Why?  \n"]) == render(trims, ["Why?"])
@@ -188,7 +202,7 @@ def test_one_bad_prompt_is_named(make_tokenizer: Any, templates: Any) -> None:
 
 
 def test_system_prompts_that_cannot_be_written(make_tokenizer: Any, templates: Any) -> None:
-    with pytest.raises(ValueError, match="prompt 0: the chat template refuses these messages: System role not supported"):
+    with pytest.raises(ValueError, match=r"prompt 0: the chat template refuses .*: System role not supported"):
         render(make_tokenizer(templates["gemma"]), ["Why?"], system="Be brief.")
     mute = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}<|eot_id|>"
     with pytest.raises(ValueError, match="prompt 0: the chat template does not write the system prompt"):
@@ -226,8 +240,9 @@ def test_spans_of_zero_width_raise_instead_of_shifting() -> None:
     """tokenizers before 0.20.1 gave every Llama-3 token an empty span (huggingface/tokenizers#1553)."""
     from steerkern.extraction.template import _locate
 
+    spans = [(0, 3), (3, 3), (6, 6), (10, 10), (13, 13), (14, 17)]
     with pytest.raises(ValueError, match=r"prompt 0: no token spans the instruction's last character '\?'"):
-        _locate("<b>are you ok?<e>", [1, 2, 3, 4, 5, 6], [(0, 3), (3, 3), (6, 6), (10, 10), (13, 13), (14, 17)], 3, 14, 0)
+        _locate("<b>are you ok?<e>", range(6), spans, 3, 14, 0)
 
 
 @pytest.mark.parametrize("position", ["end", 0, 3, -99, True])

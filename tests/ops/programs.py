@@ -29,7 +29,9 @@ class Entry:
     flags: int = Flag.READ | Flag.WRITE
 
 
-def pack(slots: Sequence[Sequence[Entry]], modes: Sequence[int] | None = None, gain: Sequence[float] | None = None) -> Tables:
+def pack(
+    slots: Sequence[Sequence[Entry]], modes: Sequence[int] | None = None, gain: Sequence[float] | None = None
+) -> Tables:
     """Tables whose bank rows are in reverse order of the entries, so that no index equals another by chance."""
     entries = [entry for slot in slots for entry in slot]
     count = len(entries)

@@ -40,18 +40,16 @@ class Buffer:
     def take(self) -> Tensor:
         """The rows, after a check that nothing around them was written."""
         out = self.rows.clone(memory_format=torch.contiguous_format)
-        self.rows.view(self.integer()).fill_(0)
         self.bytes_of_rows().fill_(SENTINEL)
         assert bool((self.bytes == SENTINEL).all()), "a byte outside the rows was written"
         return out
 
-    def integer(self) -> torch.dtype:
-        return torch.int32 if self.memory.element_size() == 4 else torch.int16
-
     def bytes_of_rows(self) -> Tensor:
         size = self.memory.element_size()
         n, width = self.rows.shape
-        return self.bytes.as_strided((n, width * size), (self.rows.stride(0) * size, 1), self.rows.storage_offset() * size)
+        return self.bytes.as_strided(
+            (n, width * size), (self.rows.stride(0) * size, 1), self.rows.storage_offset() * size
+        )
 
 
 @dataclass(frozen=True)

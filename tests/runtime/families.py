@@ -1,12 +1,7 @@
-"""Tiny random models of many decoder families, and where the residual stream can be edited in each.
-
-``fused`` has one letter per site, ``resid_pre`` of every block and then ``resid_post`` of the last: ``F`` fused into a
-norm, ``d`` edited at the block's door. ``mid`` has one per block: ``F`` fused, ``-`` no such site.
-"""
+"""Tiny random models of many decoder families, and where the residual stream can be edited in each."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,18 +12,33 @@ import transformers
 from torch import nn
 
 WIDTH = 32
+LAYERS = 3
 VOCABULARY = 96
 
 BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # large enough that greedy tokens differ
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family: the config class, what differs from :data:`BASE`, and what must be found in it."""
+    """One family: its config class, what differs from :data:`BASE`, and what must be found in it.
+
+    ``fused`` has one letter per site, ``resid_pre`` of every block and then ``resid_post`` of the last: ``F`` fused into
+    a norm, ``d`` edited at the block's door. ``mid`` has one per block: ``F`` fused, ``-`` no such site.
+    """
 
     name: str
     config: str
@@ -45,12 +55,11 @@ class Family:
 
 
 def build(family: Family) -> nn.Module:
-    """The model in eval mode, its norms' weights away from their initial ones and zeros; skips what is not installed."""
+    """The model in eval mode, the weights of its norms random; skips what this transformers does not have."""
     if not hasattr(transformers, family.config):
         pytest.skip(f"transformers {transformers.__version__} has no {family.config}")
-    options = {**{k: v for k, v in BASE.items() if k not in family.drop}, **family.options}
     torch.manual_seed(0)
-    config = getattr(transformers, family.config)(**options)
+    config = getattr(transformers, family.config)(**_options(family))
     model = getattr(transformers, family.model)
     model = model.from_config(config) if family.model.startswith("Auto") else model(config)
     with torch.no_grad():
@@ -60,90 +69,89 @@ def build(family: Family) -> nn.Module:
     return model.to(family.dtype).eval()
 
 
+def _options(family: Family) -> dict[str, Any]:
+    # a composite config takes the base options for its language model
+    base = {name: value for name, value in BASE.items() if name not in family.drop}
+    if "text_config" in family.options:
+        return {**family.options, "text_config": {**base, **family.options["text_config"]}}
+    return {**base, **family.options}
+
+
+WINDOW = {"sliding_window": 8}
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_n_heads": 4, "mamba_d_head": 16,
-         "mamba_n_groups": 1, "mamba_chunk_size": 4}  # fmt: skip
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-          "linear_conv_kernel_dim": 4}  # fmt: skip
+SHARED = {**MOE, "shared_expert_intermediate_size": 16}
+MAMBA = {
+    "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_n_heads": 4, "mamba_d_head": 16,
+    "mamba_n_groups": 1, "mamba_chunk_size": 4,
+}  # fmt: skip
+TURNS = ["linear_attention", "full_attention", "linear_attention"]
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4, "layer_types": TURNS,
+}  # fmt: skip
+LATENT = {
+    "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "moe_intermediate_size": 16, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+MIXED = {**WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+GEMMA = {  # the last two blocks take keys and values from the first two
+    **WINDOW, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
+STREAMS = {
+    **GEMMA, "altup_num_inputs": 3, "laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.5, 0.0, 0.0],
+    "intermediate_size": [48] * 4,
+}  # fmt: skip
+HYPER = {
+    **MOE, "n_routed_experts": 4, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 8,
+    "index_topk": 4, "sliding_window": 8, "num_key_value_heads": 1, "hc_mult": 2, "partial_rotary_factor": 0.5,
+}  # fmt: skip
 GPT2 = {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48}
-PARALLEL = "---"
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": WIDTH}
+RECURRENT = {"lru_width": WIDTH, "attention_window_size": 16, "block_types": ["recurrent", "recurrent", "attention"]}
+JAMBA = {
+    **MOE, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+    "mamba_dt_rank": 4, "mamba_d_state": 8, "use_mamba_kernels": False,
+}  # fmt: skip
+NEMOTRON = {
+    "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 4,
+    "layers_block_type": ["mamba", "attention", "mlp"],
+}  # fmt: skip
+ZAMBA = {
+    **MAMBA, "mamba_ngroups": 1, "n_mamba_heads": 4, "chunk_size": 4, "layers_block_type": ["mamba", "hybrid", "mamba"],
+    "hybrid_layer_ids": [1], "use_mem_eff_path": False, "num_key_value_heads": 4,
+}  # fmt: skip
+DBRX = {
+    "d_model": WIDTH, "n_layers": 3, "n_heads": 4, "max_seq_len": 64,
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    "ffn_config": {"ffn_hidden_size": 48, "hidden_size": WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
+}  # fmt: skip
+# as many vision blocks as language blocks: the number does not tell them apart
+SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+          "image_size": 16, "patch_size": 8}  # fmt: skip
+LLAVA = {"text_config": {"model_type": "llama"}, "vision_config": {**SIGLIP, "model_type": "clip_vision_model"}}
+GEMMA3 = {"text_config": MIXED, "vision_config": SIGLIP, "mm_tokens_per_image": 4}
+HEAD = ("head_dim",)
+HALF = torch.bfloat16
 
 FAMILIES = [
+    # pre-norm, sequential
     Family("llama", "LlamaConfig"),
-    Family("llama-bf16", "LlamaConfig", dtype=torch.bfloat16),
-    Family("mistral", "MistralConfig", {"sliding_window": 8}),
-    Family("ministral", "MinistralConfig", {"sliding_window": 8}),
+    Family("llama-bf16", "LlamaConfig", dtype=HALF),
+    Family("mistral", "MistralConfig", WINDOW),
     Family("qwen2", "Qwen2Config"),
     Family("qwen3", "Qwen3Config"),
-    Family("qwen2_moe", "Qwen2MoeConfig", {**MOE, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2}),
-    Family("mixtral", "MixtralConfig", MOE),
-    Family("qwen3_moe", "Qwen3MoeConfig", {**MOE, "mlp_only_layers": [1]}),
-    Family("deepseek_v3", "DeepseekV3Config", {
-        "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-        "moe_intermediate_size": 16, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
-        "v_head_dim": 8, "num_key_value_heads": 4,
-    }, drop=("head_dim",)),
     Family("smollm3", "SmolLM3Config", {"no_rope_layer_interval": 2}),
     Family("phi3", "Phi3Config"),
-    Family("phi3-bf16", "Phi3Config", dtype=torch.bfloat16),
-    Family("gpt_oss", "GptOssConfig", {**MOE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
-    Family("gpt_oss-bf16", "GptOssConfig", {**MOE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, dtype=torch.bfloat16),
     Family("gemma", "GemmaConfig"),
-    Family("gemma2", "Gemma2Config", {"sliding_window": 8}),
-    Family("gemma3_text", "Gemma3TextConfig", {"sliding_window": 8}),
-    Family("gemma3_text-bf16", "Gemma3TextConfig", {"sliding_window": 8}, dtype=torch.bfloat16),
-    Family("gemma4_text", "Gemma4TextConfig", {"sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 8, "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
-    Family("gemma3n_text", "Gemma3nTextConfig", {
-        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "altup_num_inputs": 3, "laurel_rank": 4,
-        "num_kv_shared_layers": 0, "sliding_window": 8, "activation_sparsity_pattern": [0.0, 0.0, 0.0], "intermediate_size": [48] * 3,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-    }, "dddd", "---"),
-    Family("qwen3_next", "Qwen3NextConfig", {**MOE, **LINEAR, "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
-    Family("qwen3_5_text", "Qwen3_5TextConfig", {**LINEAR, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
-    Family("jamba", "JambaConfig", {**MOE, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 8, "use_mamba_kernels": False}),
-    Family("bamba", "BambaConfig", {**MAMBA, "attn_layer_indices": [1]}),
-    Family("falcon_h1", "FalconH1Config", {**MAMBA, "mamba_d_ssm": 64}),
+    Family("gemma2", "Gemma2Config", WINDOW),
+    Family("gemma3_text", "Gemma3TextConfig", WINDOW),
+    Family("gemma3_text-bf16", "Gemma3TextConfig", WINDOW, dtype=HALF),
+    Family("gemma4_text", "Gemma4TextConfig", {**GEMMA, "global_head_dim": 8}, "FFFFF", "FFFF"),
     Family("granite", "GraniteConfig", {"residual_multiplier": 0.5}),
-    Family("granitemoe", "GraniteMoeConfig", {**MOE, "residual_multiplier": 0.5}),
-    Family("granitemoehybrid", "GraniteMoeHybridConfig", {**MOE, **MAMBA, "shared_intermediate_size": 16, "layer_types": ["mamba", "attention", "mamba"]}),
     Family("glm", "GlmConfig"),
     Family("glm4", "Glm4Config"),
-    Family("llama4_text", "Llama4TextConfig", {**MOE, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "attention_chunk_size": 16}),
-    Family("olmo", "OlmoConfig"),
-    Family("olmo2", "Olmo2Config", {}, "dddF"),
-    Family("olmo3", "Olmo3Config", {"sliding_window": 8}, "dddF"),
-    Family("olmoe", "OlmoeConfig", MOE),
-    Family("olmo_hybrid", "OlmoHybridConfig", {**LINEAR, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}, "FdFF"),
-    Family("exaone4", "Exaone4Config", {"sliding_window": 8, "sliding_window_pattern": 2}, "dddF"),
-    Family("cohere", "CohereConfig", mid=PARALLEL),
-    Family("cohere2", "Cohere2Config", {"sliding_window": 8}, mid=PARALLEL),
-    Family("phi", "PhiConfig", mid=PARALLEL),
-    Family("persimmon", "PersimmonConfig"),
-    Family("gpt2", "GPT2Config", GPT2),
-    Family("gpt_bigcode", "GPTBigCodeConfig", GPT2),
-    Family("gpt_neo", "GPTNeoConfig", {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "global"], 1]]}),
-    Family("gptj", "GPTJConfig", {**GPT2, "rotary_dim": 4}, mid=PARALLEL),
-    Family("gpt_neox", "GPTNeoXConfig", mid=PARALLEL),
-    Family("gpt_neox-sequential", "GPTNeoXConfig", {"use_parallel_residual": False}),
-    Family("opt", "OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": WIDTH}),
-    Family("opt-post-norm", "OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": WIDTH, "do_layer_norm_before": False}, "dddd"),
-    Family("falcon", "FalconConfig", {"alibi": False, "parallel_attn": True, "multi_query": True}, mid=PARALLEL),
-    Family("falcon-new", "FalconConfig", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}, mid=PARALLEL),
-    Family("falcon-sequential", "FalconConfig", {"alibi": True, "parallel_attn": False, "multi_query": False}),
-    Family("bloom", "BloomConfig", {"n_layer": 3, "n_head": 4}),
-    Family("mpt", "MptConfig", {"d_model": WIDTH, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}),
-    Family("starcoder2", "Starcoder2Config", {"sliding_window": 8}),
-    Family("stablelm", "StableLmConfig"),
-    Family("stablelm-parallel", "StableLmConfig", {"use_parallel_residual": True}, mid=PARALLEL),
-    Family("nemotron", "NemotronConfig"),
-    Family("nemotron_h", "NemotronHConfig", {**MAMBA, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 4, "hybrid_override_pattern": "M*-", "layers_block_type": ["mamba", "attention", "mlp"]}),
-    Family("mamba", "MambaConfig", {"state_size": 8, "time_step_rank": 4}),
-    Family("mamba-bf16", "MambaConfig", {"state_size": 8, "time_step_rank": 4}, "Fddd", dtype=torch.bfloat16),
-    Family("mamba2", "Mamba2Config", {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 4}),
-    Family("lfm2", "Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}),
-    Family("zamba2", "Zamba2Config", {**MAMBA}),
-    Family("recurrent_gemma", "RecurrentGemmaConfig", {"lru_width": WIDTH, "attention_window_size": 16, "block_types": ["recurrent", "recurrent", "attention"]}),
-    Family("arcee", "ArceeConfig"),
     Family("helium", "HeliumConfig"),
     Family("ernie4_5", "Ernie4_5Config"),
     Family("hunyuan_dense", "HunYuanDenseV1Config"),
@@ -151,10 +159,68 @@ FAMILIES = [
     Family("apertus", "ApertusConfig"),
     Family("diffllama", "DiffLlamaConfig"),
     Family("bitnet", "BitNetConfig"),
+    Family("doge", "DogeConfig"),
+    # experts
+    Family("mixtral", "MixtralConfig", MOE),
+    Family("qwen2_moe", "Qwen2MoeConfig", {**SHARED, "decoder_sparse_step": 2}),
+    Family("qwen3_moe", "Qwen3MoeConfig", {**MOE, "mlp_only_layers": [1]}),
+    Family("granitemoe", "GraniteMoeConfig", {**MOE, "residual_multiplier": 0.5}),
+    Family("olmoe", "OlmoeConfig", MOE),
+    Family("deepseek_v3", "DeepseekV3Config", LATENT, drop=HEAD),
+    Family("llama4_text", "Llama4TextConfig", {**MOE, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2}),
+    Family("gpt_oss", "GptOssConfig", {**MOE, **MIXED}),
+    Family("gpt_oss-bf16", "GptOssConfig", {**MOE, **MIXED}, dtype=HALF),
+    Family("dbrx", "DbrxConfig", DBRX, drop=("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "max_position_embeddings", "num_hidden_layers")),
+    # recurrent and hybrid
+    Family("qwen3_next", "Qwen3NextConfig", {**SHARED, **LINEAR}),
+    Family("qwen3_5_text", "Qwen3_5TextConfig", LINEAR),
+    Family("minimax", "MiniMaxConfig", {**MOE, "layer_types": TURNS}, mid="---"),
+    Family("jamba", "JambaConfig", JAMBA),
+    Family("bamba", "BambaConfig", {**MAMBA, "attn_layer_indices": [1]}),
+    Family("falcon_h1", "FalconH1Config", {**MAMBA, "mamba_d_ssm": 64}),
+    Family("granitemoehybrid", "GraniteMoeHybridConfig", {**MOE, **MAMBA, "shared_intermediate_size": 16, "layer_types": ["mamba", "attention", "mamba"]}),
+    Family("lfm2", "Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}),
+    Family("recurrent_gemma", "RecurrentGemmaConfig", RECURRENT),
+    Family("zamba2", "Zamba2Config", ZAMBA, "FdFF", "---"),
+    Family("nemotron_h", "NemotronHConfig", NEMOTRON, mid="---"),
+    Family("mamba", "MambaConfig", {"state_size": 8, "time_step_rank": 4}, mid="---"),
+    Family("mamba-bf16", "MambaConfig", {"state_size": 8, "time_step_rank": 4}, "Fddd", "---", HALF),
+    Family("mamba2", "Mamba2Config", {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 4}, mid="---"),
+    # LayerNorm
+    Family("gpt2", "GPT2Config", GPT2),
+    Family("gpt_bigcode", "GPTBigCodeConfig", GPT2),
+    Family("gpt_neo", "GPTNeoConfig", {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "global"], 1]]}),
+    Family("gpt_neox-sequential", "GPTNeoXConfig", {"use_parallel_residual": False}),
+    Family("opt", "OPTConfig", OPT),
+    Family("falcon-sequential", "FalconConfig", {"alibi": True, "parallel_attn": False, "multi_query": False}, drop=HEAD),
+    Family("bloom", "BloomConfig", {"n_layer": 3, "n_head": 4}),
+    Family("mpt", "MptConfig", {"d_model": WIDTH, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}),
+    Family("starcoder2", "Starcoder2Config", WINDOW),
+    Family("stablelm", "StableLmConfig"),
+    Family("nemotron", "NemotronConfig", {}, "dddd", "ddd"),
+    Family("persimmon", "PersimmonConfig"),
     Family("xglm", "XGLMConfig", {"d_model": WIDTH, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4}),
     Family("biogpt", "BioGptConfig"),
-    Family("deepseek_v4", "DeepseekV4Config", {}),
-    Family("minimax", "MiniMaxConfig", MOE),
-    Family("doge", "DogeConfig"),
-    Family("dbrx", "DbrxConfig", {"d_model": WIDTH, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}),
+    Family("olmo", "OlmoConfig"),
+    Family("olmo-bf16", "OlmoConfig", dtype=HALF),
+    # attention and MLP side by side
+    Family("cohere", "CohereConfig", mid="---"),
+    Family("cohere2", "Cohere2Config", WINDOW, mid="---"),
+    Family("phi", "PhiConfig", mid="---"),
+    Family("gptj", "GPTJConfig", {**GPT2, "rotary_dim": 4}, mid="---"),
+    Family("gpt_neox", "GPTNeoXConfig", mid="---"),
+    Family("falcon", "FalconConfig", {"alibi": False, "parallel_attn": True, "multi_query": True}, mid="---", drop=HEAD),
+    Family("falcon-new", "FalconConfig", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}, mid="---", drop=HEAD),
+    Family("stablelm-parallel", "StableLmConfig", {"use_parallel_residual": True}, mid="---"),
+    # no norm reads the residual itself
+    Family("olmo2", "Olmo2Config", {}, "dddF", "---"),
+    Family("olmo3", "Olmo3Config", WINDOW, "dddF", "---"),
+    Family("exaone4", "Exaone4Config", {**WINDOW, "sliding_window_pattern": 2}, "dddF", "---"),
+    Family("olmo_hybrid", "OlmoHybridConfig", LINEAR, "FdFF", "F-F"),
+    Family("opt-post-norm", "OPTConfig", {**OPT, "do_layer_norm_before": False}, "dddd", "---"),
+    Family("gemma3n_text", "Gemma3nTextConfig", STREAMS, "ddddd", "----"),
+    Family("deepseek_v4", "DeepseekV4Config", HYPER, "dddd", "---"),
+    # vision and language
+    Family("llava", "LlavaConfig", LLAVA, model="LlavaForConditionalGeneration"),
+    Family("gemma3", "Gemma3Config", GEMMA3, model="Gemma3ForConditionalGeneration"),
 ]  # fmt: skip

@@ -27,9 +27,12 @@ def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        initializer_range=0.3,  # large enough that greedy tokens differ from prompt to prompt
+        initializer_range=0.3,
     )
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.1)  # so that what attention brings counts, and with it every position
+    return model
 
 
 @contextlib.contextmanager

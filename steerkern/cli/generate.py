@@ -1,0 +1,176 @@
+"""``steerkern generate``: replies of a model under plans, beside those of the stock model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import BatchSize, Device, Dtype, Json, Loaded, Model, Threads, load
+from .outcome import Outcome, progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..extraction import Prompt
+    from ..plan import Plan
+
+
+def generate(
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.", show_default=False)] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts (.txt, .jsonl, .csv).", show_default=False)] = None,
+    plan: Annotated[
+        list[str] | None, typer.Option(help="Folder or hub id of a plan; may be repeated.", show_default=False)
+    ] = None,
+    ablate: Annotated[
+        str | None, typer.Option(help="Folder of directions to ablate at every layer.", show_default=False)
+    ] = None,
+    add: Annotated[str | None, typer.Option(help="Folder of directions to add.", show_default=False)] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Whose direction to take; by default each layer's own.", show_default=False)
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Multiplies what is added to each row; 1 is the plan as written.")] = 1.0,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens for --ablate and --add: all, prompt, decode, or positions as -1,-2.", show_default=False
+        ),
+    ] = None,
+    model: Model = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt before each prompt.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Replies end there at the latest.")] = 64,
+    batch_size: BatchSize = 16,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also show what the stock model says.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> Outcome:
+    """Print greedy replies and the session's receipt; without any plan, the stock model's replies."""
+    plans = _plans(plan or [], ablate, add, layer, scale, scope)
+    texts = list(prompt or []) + _read(prompts)
+    loaded = load(model, dtype, device, threads)
+    asked: list[Any] = list(texts) if texts else _bundled(loaded)
+    stock, steered, receipt, backend = _ask(loaded, asked, plans, system, max_new_tokens, batch_size, baseline)
+    shown = [ask if isinstance(ask, str) else ask[-1]["content"] for ask in asked]
+    document: dict[str, Any] = {
+        "command": "generate",
+        "model": loaded.source,
+        "backend": backend,
+        "plans": {p.name: repr(p) for p in plans},
+        "replies": [
+            {
+                "prompt": text,
+                **({} if stock is None else {"stock": stock[i]}),
+                **({} if steered is None else {"steered": steered[i]}),
+            }
+            for i, text in enumerate(shown)
+        ],
+        "receipt": {} if receipt is None else receipt.to_json(),
+    }
+
+    def show(console: Console) -> None:
+        for one in document["replies"]:
+            console.print(f"> {one['prompt']}", style="bold", markup=False, highlight=False)
+            for who in ("stock", "steered"):
+                if who in one:
+                    console.print(f"  {who}: {one[who].strip()}", markup=False, highlight=False)
+        console.print()
+        console.print(
+            f"receipt ({backend}): {receipt}" if receipt else "no plan: nothing was steered",
+            markup=False,
+            highlight=False,
+        )
+
+    return Outcome(document, show)
+
+
+def _plans(
+    folders: list[str], ablate: str | None, add: str | None, layer: int | None, scale: float, scope: str | None
+) -> list[Plan]:
+    from ..plan import Plan
+
+    if ablate is None and add is None and (layer is not None or scope is not None):
+        raise ValueError("--layer and --scope say how to --ablate or --add; a --plan brings its own")
+    plans = [Plan.from_pretrained(folder) for folder in folders]
+    for kind, folder in (("ablate", ablate), ("add", add)):
+        if folder is not None:
+            plans.append(_direct(kind, folder, layer, "all" if scope is None else scope))
+    names = [plan.name for plan in plans]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two plans are named {name!r}; save one of them under another name")
+    return [plan.scaled(scale) for plan in plans] if scale != 1.0 else plans
+
+
+def _direct(kind: str, folder: str, layer: int | None, scope: str) -> Plan:
+    """The plan that ``--ablate`` or ``--add`` stands for: ablated at every layer, added at the direction's own."""
+    from .. import edits
+    from ..directions import Directions
+    from ..plan import Plan
+
+    directions = Directions.from_pretrained(folder)
+    if layer is not None and layer not in directions:
+        raise ValueError(f"--layer {layer}: {directions.name!r} has layers {', '.join(map(str, directions))}")
+    source = directions if layer is None else directions[layer]
+    edit = edits.ablate(source) if kind == "ablate" else edits.add(source)
+    layers: Any = "all" if layer is None or kind == "ablate" else layer
+    return Plan(edit, layers=layers, site=directions.site, scope=_scope(scope), name=kind)
+
+
+def _scope(text: str) -> str | tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        return text
+
+
+def _read(prompts: Path | None) -> list[str]:
+    from ..prompts import read_prompts
+
+    return [] if prompts is None else read_prompts(prompts)
+
+
+def _bundled(loaded: Loaded) -> list[Any]:
+    if not loaded.organism:
+        raise ValueError("no prompt: give --prompt TEXT or --prompts FILE")
+    from .. import organism
+
+    return [p.messages for kind in ("harmful", "harmless") for p in organism.prompts(kind, "heldout", 2)]
+
+
+def _ask(
+    loaded: Loaded,
+    asked: list[Prompt],
+    plans: list[Plan],
+    system: str | None,
+    max_new_tokens: int,
+    batch_size: int,
+    baseline: bool,
+) -> tuple[list[str] | None, list[str] | None, Any, str | None]:
+    """Replies of the stock model, replies under the plans, the receipt and the backend; None where not asked for."""
+    from ..extraction import render
+    from ..replies import replies
+    from ..runtime.session import steer
+
+    template = "chat" if loaded.tokenizer.chat_template else "plain"
+    rendered = render(loaded.tokenizer, asked, system=system, template=template)
+
+    def reply(label: str) -> list[str]:
+        with progress(label, len(rendered)) as step:
+            return replies(
+                loaded.model,
+                loaded.tokenizer,
+                rendered,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                step=step,
+            )
+
+    if not plans:
+        return reply("stock model"), None, None, None
+    with steer(loaded.model, plans) as session:
+        steered = reply("steered")
+        receipt = session.receipt()
+    return reply("stock model") if baseline else None, steered, receipt, session.backend
