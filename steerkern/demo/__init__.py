@@ -35,7 +35,7 @@ def run(subject: Subject, examples: Mapping[str, Examples], size: Size, *, threa
     effects = edit(subject, found, heldout, seed)
     curves = sweep(subject, found, heldout, size.points)
     speed = measure_speed(subject, found, heldout, size, threads)
-    tables = [layer_table(found), effect_table(subject, effects), receipt_table(effects)]
+    tables = [layer_table(found), effect_table(subject, found, effects), receipt_table(effects)]
     if subject.organism:
         tables.append(reply_table(effects))
     return Report(

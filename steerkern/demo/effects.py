@@ -46,14 +46,14 @@ def trials(found: Found, seed: int) -> tuple[Trial, ...]:
     noise = noise / noise.norm() * at.norm
     up, down = clamp(at.unit, found.harmful_mean[layer]), clamp(at.unit, found.harmless_mean[layer])
     return (
-        Trial("ablate, every layer", Plan(ablate(at.unit), name="ablate"), "harmful"),
-        Trial(f"subtract, layer {layer}", Plan(add(at, -1.0), layers=layer, name="subtract"), "harmful"),
-        Trial(f"clamp to harmless mean, layer {layer}", Plan(down, layers=layer, name="clamp down"), "harmful"),
-        Trial(f"add, layer {layer}", Plan(add(at), layers=layer, name="add"), "harmless"),
-        Trial(f"clamp to harmful mean, layer {layer}", Plan(up, layers=layer, name="clamp up"), "harmless"),
-        Trial("side effect: ablate, every layer", Plan(ablate(at.unit), name="ablate harmless"), "harmless"),
-        Trial("control: ablate a random direction", Plan(ablate(noise), name="ablate random"), "harmful"),
-        Trial(f"control: add it, layer {layer}", Plan(add(noise), layers=layer, name="add random"), "harmless"),
+        Trial("ablate", Plan(ablate(at.unit), name="ablate"), "harmful"),
+        Trial("subtract", Plan(add(at, -1.0), layers=layer, name="subtract"), "harmful"),
+        Trial("clamp to harmless mean", Plan(down, layers=layer, name="clamp down"), "harmful"),
+        Trial("add", Plan(add(at), layers=layer, name="add"), "harmless"),
+        Trial("clamp to harmful mean", Plan(up, layers=layer, name="clamp up"), "harmless"),
+        Trial("side effect: ablate", Plan(ablate(at.unit), name="ablate harmless"), "harmless"),
+        Trial("control: ablate at random", Plan(ablate(noise), name="ablate random"), "harmful"),
+        Trial("control: add at random", Plan(add(noise), layers=layer, name="add random"), "harmless"),
     )
 
 
@@ -65,7 +65,7 @@ def edit(subject: Subject, found: Found, heldout: Examples, seed: int) -> Effect
     return Effects(heldout, tried, stock, edited)
 
 
-def effect_table(subject: Subject, effects: Effects) -> Table:
+def effect_table(subject: Subject, found: Found, effects: Effects) -> Table:
     """Refusal rates before and after every edit."""
     rows: list[Row] = [
         {
@@ -85,7 +85,10 @@ def effect_table(subject: Subject, effects: Effects) -> Table:
         Column("before", "refused", ".0%"),
         Column("after", "edited", ".0%"),
     ]
-    note = "Share of replies that refuse; all edits ran in the same batches, each row under its own plan."
+    note = (
+        f"Share of replies that refuse. Ablation at every layer, the other edits at layer {found.layer}; at random: a "
+        "random direction of the same norm. All edits ran in the same batches, each row under its own plan."
+    )
     if subject.organism:
         columns.append(Column("exact", "word for word", ".0%"))
         note += " Word for word: edited replies that are exactly one of the two sentences the model was trained to say."

