@@ -22,12 +22,12 @@ def cpu_extension(optional: bool) -> Pybind11Extension:
     link = []
     if sys.platform.startswith("linux"):
         flags.append("-fopenmp")
-        link.append("-fopenmp")
+        link += ["-fopenmp", "-Wl,-s"]
     if os.environ.get("STEERKERN_WERROR") == "1":
         flags.append("-Werror")
     if sanitize := os.environ.get("STEERKERN_SANITIZE"):
         flags += ["-g", "-O1", f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined"]
-        link.append(f"-fsanitize={sanitize}")
+        link = ["-fopenmp", f"-fsanitize={sanitize}"]
     return Pybind11Extension(
         "steerkern._C",
         sources=["csrc/bindings.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],

@@ -105,9 +105,9 @@ def test_plus_keeps_both_plans_on_the_row_as_it_arrived() -> None:
     one, two = Plan(ablate(V[0]), name="one", scale=0.5), Plan(clamp(V[1], 2.0), layers=1, name="two")
     both = one + two
     assert both.name == "one+two"
-    assert torch.equal(steered(both)[2], steered(two + one)[2]) or torch.allclose(steered(both), steered(two + one))
     expected = H + (steered(one) - H) + (steered(two) - H)
-    torch.testing.assert_close(steered(both), expected, rtol=0, atol=1e-5)  # rows of size 5 rounded to fp32 three times
+    for plan in (both, two + one):
+        torch.testing.assert_close(steered(plan), expected, rtol=0, atol=1e-5)  # rows of size 5, rounded three times
     assert (one.name, len(one.steps), len(both.steps)) == ("one", 1, 2)
     assert (one + one).name == "one"
     assert [len((both + one).steps), len((one + both).steps)] == [3, 3]
@@ -242,7 +242,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a list of tensors": (lambda: Plan([V[0]]), TypeError, "edits must be one Edit"),
     "site": (lambda: Plan(E, site="resid"), ValueError, "site must be one of resid_pre, resid_mid, resid_post"),
     "site None": (lambda: Plan(E, site=None), ValueError, "got None"),
-    "layers 'some'": (lambda: Plan(E, layers="some"), ValueError, "layers must be 'all', a number or several, got 'some'"),
+    "layers 'some'": (lambda: Plan(E, layers="some"), ValueError, "layers must be 'all', a number or .* got 'some'"),
     "layers None": (lambda: Plan(E, layers=None), TypeError, "layers must be 'all', a number or several, got None"),
     "layers 1.5": (lambda: Plan(E, layers=1.5), TypeError, "got 1.5"),
     "layers -1": (lambda: Plan(E, layers=-1), ValueError, "layer must be a whole number from 0, got -1"),
@@ -273,8 +273,8 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "widths": (lambda: Plan([E, add(torch.ones(5))]), PlanError, r"plan 'plan' mixes edits of widths \[5, 8\]"),
     "widths in a sum": (lambda: Plan(E) + Plan(add(torch.ones(5))), PlanError, r"mixes edits of widths \[5, 8\]"),
     "models": (lambda: Plan([EDITS["add per layer"], ablate(OTHER)]), PlanError, "several models: llama .*, qwen2 "),
-    "missing layer": (lambda: Plan(EDITS["add per layer"], layers=[1, 3]), PlanError, r"layer 3: add has .* \[1, 2\], plan"),
-    "65 entries": (lambda: Plan([add(torch.ones(33, 8)), add(torch.ones(32, 8))]), PlanError, "puts 65 entries on one row"),
+    "missing layer": (lambda: Plan(EDITS["add per layer"], layers=[1, 3]), PlanError, r"layer 3: add has .* \[1, 2\]"),
+    "65 entries": (lambda: Plan([add(torch.ones(33, 8)), add(torch.ones(32, 8))]), PlanError, "puts 65 entries on one"),
     "64 and a gate": (lambda: Plan(add(torch.ones(64, 8)).when(V[0], 0)), PlanError, "puts 65 entries on one row"),
     "plus an edit": (lambda: Plan(E) + E, TypeError, "unsupported operand"),
 }
@@ -309,7 +309,7 @@ def logits(model: torch.nn.Module) -> Tensor:
         return found
 
 
-@pytest.mark.parametrize("name", ["add", "add per layer", "ablate rank 3", "clamp", "cap", "rotate", "gated"])
+@pytest.mark.parametrize("name", ["add", "add per layer", "ablate rank 3", "clamp", "cap below", "rotate", "gated"])
 def test_the_scale_of_a_session_is_the_scale_of_the_plan(model: torch.nn.Module, name: str) -> None:
     plan = Plan(EDITS[name], name="p")
     with sk.steer(model, plan) as session:
@@ -332,7 +332,7 @@ def test_a_plan_of_another_model_is_refused_before_anything_changes(model: torch
     before = logits(model)
     for fingerprint in (Fingerprint("qwen2", WIDTH, LAYERS), Fingerprint("llama", WIDTH, LAYERS + 1)):
         plan = Plan(ablate(Directions.of({1: V[1]}, model=fingerprint)), name="theirs")
-        with pytest.raises(PlanError, match="plan 'theirs' was made for .*, the model is llama") as caught:
+        with pytest.raises(PlanError, match=r"plan 'theirs' was made for .*, the model is llama") as caught:
             sk.steer(model, plan)
         assert "\n" not in str(caught.value)
         assert torch.equal(logits(model), before)

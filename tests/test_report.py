@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -8,19 +9,8 @@ import pytest
 from rich.console import Console
 
 from steerkern import Fingerprint, SteerkernError
-from steerkern.report import (
-    Column,
-    Line,
-    Panel,
-    Plot,
-    Provenance,
-    Report,
-    Table,
-    hash_texts,
-    prepare_folder,
-    require_plots,
-    versions,
-)
+from steerkern.plots import Line, Panel, Plot, require_plots
+from steerkern.report import Column, Provenance, Report, Table, hash_texts, prepare_folder, versions
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -77,7 +67,7 @@ def test_save_writes_json_and_plots(report, tmp_path):
 
 
 def test_print_shows_text_as_it_is(report):
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console = Console(width=100, record=True, file=io.StringIO())
     report.print(console)
     text = console.export_text()
     for part in ("title", "note", "[red]x", "[odd]", "25%", "a note"):
@@ -103,7 +93,7 @@ def test_missing_matplotlib_names_the_command(report, tmp_path, monkeypatch):
 
 def test_a_folder_below_a_file_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SteerkernError, match="cannot write to folder .*file/out: Not a directory"):
+    with pytest.raises(SteerkernError, match=r"cannot write to folder .*file/out: Not a directory"):
         prepare_folder(tmp_path / "file" / "out")
     assert prepare_folder(tmp_path / "a" / "b").is_dir()
     assert list((tmp_path / "a" / "b").iterdir()) == []

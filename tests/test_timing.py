@@ -84,7 +84,16 @@ def test_contenders_do_the_same_work():
 
 def test_hooks_leave_the_model_as_it_was():
     model, _ = organism.load()
-    with pytest.raises(RuntimeError, match="inside"), ablation_hooks(model, torch.ones(64)):
-        assert any(module._forward_pre_hooks for module in model.modules())
-        raise RuntimeError("inside")
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    seen = []
+
+    def look_and_fail():
+        with ablation_hooks(model, torch.ones(64)):
+            seen.append(hooked())
+            raise RuntimeError("inside")
+
+    def hooked():
+        return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+    with pytest.raises(RuntimeError, match="inside"):
+        look_and_fail()
+    assert (seen, hooked()) == ([4], 0)

@@ -33,17 +33,18 @@ def demo(
     as_json: Json = False,
 ) -> Outcome:
     """Find the refusal direction, ablate, add, subtract and clamp it, and measure replies and speed."""
+    from .. import plots as drawing
     from .. import refusal, report
     from ..demo import QUICK, Size, Subject, organism_examples, run, split_examples
 
     refusal.get(scorer)
     if plots:
-        report.require_plots("--no-plots does without")
+        drawing.require_plots("--no-plots does without")
     report.prepare_folder(out)
-    loaded = load(model, dtype, device, threads)
     size = QUICK if quick else Size()
-    texts = prompt_files(loaded, harmful, harmless)
+    texts = prompt_files(model, harmful, harmless)
     examples = organism_examples(size) if texts is None else split_examples(*texts, size, seed)
+    loaded = load(model, dtype, device, threads)
     subject = Subject(
         loaded.model,
         loaded.tokenizer,

@@ -39,9 +39,9 @@ def extract(
     if template not in ("chat", "plain"):
         raise ValueError(f"--template must be chat or plain, got {template!r}")
     report.prepare_folder(out)
-    loaded = load(model, dtype, device, threads)
-    texts = prompt_files(loaded, harmful, harmless)
+    texts = prompt_files(model, harmful, harmless)
     positive, negative = texts if texts is not None else _bundled()
+    loaded = load(model, dtype, device, threads)
     directions = extraction.extract(
         loaded.model,
         loaded.tokenizer,

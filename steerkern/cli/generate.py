@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import BatchSize, Device, Dtype, Json, Loaded, Model, Threads, load
+from .options import BatchSize, Device, Dtype, Json, Loaded, Model, Threads, is_organism, load
 from .outcome import Outcome, progress
 
 if TYPE_CHECKING:
@@ -49,9 +49,8 @@ def generate(
 ) -> Outcome:
     """Print greedy replies and the session's receipt; without any plan, the stock model's replies."""
     plans = _plans(plan or [], ablate, add, layer, scale, scope)
-    texts = list(prompt or []) + _read(prompts)
+    asked: list[Any] = list(prompt or []) + _read(prompts) or _bundled(model)
     loaded = load(model, dtype, device, threads)
-    asked: list[Any] = list(texts) if texts else _bundled(loaded)
     stock, steered, receipt, backend = _ask(loaded, asked, plans, system, max_new_tokens, batch_size, baseline)
     shown = [ask if isinstance(ask, str) else ask[-1]["content"] for ask in asked]
     document: dict[str, Any] = {
@@ -132,8 +131,8 @@ def _read(prompts: Path | None) -> list[str]:
     return [] if prompts is None else read_prompts(prompts)
 
 
-def _bundled(loaded: Loaded) -> list[Any]:
-    if not loaded.organism:
+def _bundled(model: str | None) -> list[Any]:
+    if not is_organism(model):
         raise ValueError("no prompt: give --prompt TEXT or --prompts FILE")
     from .. import organism
 

@@ -35,7 +35,7 @@ def inspect(
     if source is None:
         from ..runtime.sites import examine
 
-        loaded = load(model, dtype, device)
+        loaded = load(model, dtype, device, with_tokenizer=False)
         anatomy = examine(loaded.model)
         return Outcome(
             _anatomy_document(loaded.source, anatomy), lambda console: _show_anatomy(loaded.source, anatomy, console)

@@ -38,7 +38,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode with its tokenizer."""
+    """A model in evaluation mode with its tokenizer (None where only the model was asked for)."""
 
     model: Any
     tokenizer: Any
@@ -46,7 +46,19 @@ class Loaded:
     organism: bool
 
 
-def load(name: str | None, dtype: str = "auto", device: str | None = None, threads: int | None = None) -> Loaded:
+def is_organism(name: str | None) -> bool:
+    """Whether ``--model`` names a bundled model."""
+    return name is None or name.partition(":")[0] == ORGANISM
+
+
+def load(
+    name: str | None,
+    dtype: str = "auto",
+    device: str | None = None,
+    threads: int | None = None,
+    *,
+    with_tokenizer: bool = True,
+) -> Loaded:
     """Load the model that ``--model`` names, and set the threads of torch: as asked, else one for the organism.
 
     Raises:
@@ -60,7 +72,7 @@ def load(name: str | None, dtype: str = "auto", device: str | None = None, threa
     place = _device(device)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    if name is None or name.partition(":")[0] == ORGANISM:
+    if name is None or is_organism(name):
         from .. import organism
 
         kind: Any = (name or ORGANISM).partition(":")[2] or "planted"
@@ -70,7 +82,7 @@ def load(name: str | None, dtype: str = "auto", device: str | None = None, threa
         return Loaded(model.to(place), tokenizer, f"organism ({kind})", True)
     if threads is not None:
         torch.set_num_threads(threads)
-    model, tokenizer = _from_pretrained(name, dtype if dtype == "auto" else getattr(torch, dtype))
+    model, tokenizer = _from_pretrained(name, dtype if dtype == "auto" else getattr(torch, dtype), with_tokenizer)
     return Loaded(model.eval().to(place), tokenizer, Path(name).name if Path(name).is_dir() else name, False)
 
 
@@ -87,7 +99,7 @@ def _device(name: str | None) -> Any:
     return device
 
 
-def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
+def _from_pretrained(name: str, dtype: Any, with_tokenizer: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(name)
@@ -98,7 +110,7 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
     if not path.is_dir() and not _HUB_ID.fullmatch(name):
         raise ValueError(f"--model {name!r}: there is no such folder, and it is not a hub id (owner/name)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name) if with_tokenizer else None
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = "" if path.is_dir() else "there is no such folder, and the hub gave none: "
@@ -106,7 +118,7 @@ def _from_pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
         raise ValueError(f"--model {name!r} cannot be loaded: {where}{reason}") from None
 
 
-def prompt_files(loaded: Loaded, harmful: Path | None, harmless: Path | None) -> tuple[list[str], list[str]] | None:
+def prompt_files(model: str | None, harmful: Path | None, harmless: Path | None) -> tuple[list[str], list[str]] | None:
     """The prompts of both files, or None where the organism brings its own.
 
     Raises:
@@ -116,6 +128,6 @@ def prompt_files(loaded: Loaded, harmful: Path | None, harmless: Path | None) ->
 
     if harmful is not None and harmless is not None:
         return read_prompts(harmful), read_prompts(harmless)
-    if harmful is not None or harmless is not None or not loaded.organism:
+    if harmful is not None or harmless is not None or not is_organism(model):
         raise ValueError("--harmful FILE and --harmless FILE are both needed; only the organism brings its own prompts")
     return None

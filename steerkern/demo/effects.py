@@ -10,7 +10,8 @@ import torch
 
 from ..edits import ablate, add, clamp
 from ..plan import Plan
-from ..report import Column, Line, Panel, Plot, Row, Table
+from ..plots import Line, Panel, Plot
+from ..report import Column, Row, Table
 from ..runtime.receipt import PlanReceipt
 from .examples import Example, Examples
 from .layers import Found

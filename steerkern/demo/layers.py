@@ -10,7 +10,8 @@ from ..directions import Directions
 from ..edits import ablate, add
 from ..extraction import Position, means, states
 from ..plan import Plan
-from ..report import Column, Line, Panel, Plot, Table
+from ..plots import Line, Panel, Plot
+from ..report import Column, Table
 from .examples import Examples
 from .subject import Question, Subject
 

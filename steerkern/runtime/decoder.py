@@ -32,20 +32,23 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     with contextlib.suppress(AttributeError, NotImplementedError):
         if isinstance(decoder := model.get_decoder(), nn.Module):  # type: ignore[operator]
             roots.insert(0, decoder)
-    found = [(m, c) for root in roots for m in root.modules() for c in m.children() if _is_stack(c, count)]
-    for owner, blocks in found:
-        if getattr(owner, "config", None) is config:  # not a vision tower with as many layers
-            return owner, blocks
-    if not found:
+    first = None
+    for owner in (module for root in roots for module in root.modules()):
+        for blocks in owner._modules.values():
+            if _is_stack(blocks, count):
+                if getattr(owner, "config", None) is config:
+                    return owner, blocks
+                first = first or (owner, blocks)  # may be a vision tower with as many layers
+    if first is None:
         raise PlanError(f"{type(model).__name__} has no list of {count} decoder blocks")
-    return found[0]
+    return first
 
 
-def _is_stack(blocks: nn.Module, count: int) -> TypeGuard[nn.ModuleList]:
+def _is_stack(blocks: nn.Module | None, count: int) -> TypeGuard[nn.ModuleList]:
     # a list of per-layer embeddings or projections also has one item per layer; a block has parts
     if not isinstance(blocks, nn.ModuleList) or len(blocks) != count:
         return False
-    return all(any(True for _ in block.children()) for block in blocks)
+    return all(block._modules for block in blocks)
 
 
 def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ apart from one that multiplies before it rounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,32 +44,45 @@ def norm_like(module: nn.Module) -> bool:
     """Whether a module has the make of a norm: no parts, no buffers, at most a weight and a bias of one dimension."""
     if module._modules or module._buffers:
         return False
-    return all(
-        name in ("weight", "bias") and (p is None or p.dim() == 1) for name, p in module._parameters.items()
-    )
+    return all(name in _NAMES and (p is None or p.dim() == 1) for name, p in module._parameters.items())
 
 
-def kind(module: nn.Module) -> tuple[Any, ...]:
+_NAMES = ("weight", "bias")
+
+Kind = tuple[Any, ...]
+
+
+def kind(module: nn.Module) -> Kind:
     """What decides a norm-like module's arithmetic, weights apart: siblings of one kind run the same code."""
-    settings = sorted((k, v) for k, v in vars(module).items() if k != "training" and isinstance(v, (bool, float, str)))
-    parameters = ((n, p.shape, p.dtype) for n, p in module._parameters.items() if p is not None)
-    return (stock_class(type(module)), "forward" in vars(module), *settings, *parameters)
+    own = vars(module)
+    settings = [item for item in own.items() if type(item[1]) in _SETTINGS and item[0] != "training"]
+    parameters = [(name, p.shape, p.dtype) for name, p in own["_parameters"].items() if p is not None]
+    return (stock_class(type(module)), "forward" in own, *settings, *parameters)
 
 
-Seen = tuple[nn.Module, int, torch.dtype]
-"""A module that was called with one tensor: its last dimension and dtype."""
+_SETTINGS = {bool, float, str}
 
 
-def recognise_all(modules: Iterable[Seen]) -> dict[nn.Module, NormSpec]:
+@dataclass(frozen=True)
+class Called:
+    """How a norm-like module was called with one tensor: the last dimension and dtype of that, and how often."""
+
+    kind: Kind
+    width: int
+    dtype: torch.dtype
+    times: int = 1
+
+
+def recognise_all(modules: Mapping[nn.Module, Called]) -> dict[nn.Module, NormSpec]:
     """The norms among ``modules``, one of each kind tried."""
     kinds: dict[tuple[Any, ...], NormSpec | None] = {}
     specs = {}
-    for module, width, dtype in modules:
-        key = (kind(module), width, dtype)
+    for module, called in modules.items():
+        key = (called.kind, called.width, called.dtype)
         if key not in kinds:
-            kinds[key] = recognise(module, width, dtype)
+            kinds[key] = recognise(module, called.width, called.dtype)
         if (spec := kinds[key]) is not None:
-            specs[module] = NormSpec(module, spec.norm, spec.eps, width, dtype)
+            specs[module] = NormSpec(module, spec.norm, spec.eps, called.width, called.dtype)
     return specs
 
 
@@ -92,7 +105,7 @@ def recognise(module: nn.Module, width: int, dtype: torch.dtype) -> NormSpec | N
             generator = torch.Generator().manual_seed(0)
             rows = torch.randn(8, width, generator=generator) * torch.tensor([[1.0], [3.0], [1e-1], [1e-3]] * 2) + 0.1
             rows = rows.to(device, dtype)
-            twin = _twin(module, {n: torch.randn(width, generator=generator).to(rows) for n in ("weight", "bias")})
+            twin = _twin(module, {n: torch.randn(width, generator=generator).to(rows) for n in _NAMES})
             own = twin.forward(rows.clone())
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
             return None  # not code for rows of this shape

@@ -86,6 +86,9 @@ class Point:
         if self.streams != "none":
             times = count // rows.count if rows.count else 1
             slot = slot.repeat(times) if self.streams == "outer" else slot.repeat_interleave(times)
+        elif rows.kept and count < rows.count and state.shape[-2] == rows.kept:
+            # blocks that share the keys of earlier ones run on the last tokens only (gemma4's prefill)
+            slot = slot.view(state.shape[0], -1)[:, -rows.kept :].reshape(-1)
         if slot.numel() != count:
             raise PlanError(f"the state has {count} rows, the row map of this forward {rows.count}")
         return slot
@@ -150,7 +153,7 @@ class NormPoint(Point):
             self.calls += 1
             slot = self.rows.pointer
             if slot and count != self.rows.count:
-                raise PlanError(f"the state has {count} rows, the row map of this forward {self.rows.count}")
+                return self._slow(state)
         out = torch.empty_like(state)
         fault = self._kernel(
             count, state.data_ptr(), self.width, slot,

@@ -53,6 +53,8 @@ class DecoderCalls:
                 raise PlanError("inputs_embeds must be passed by name while layer 0 is steered")
             kwargs["inputs_embeds"] = embeds.clone()
         batch, tokens = state.shape[:2]
+        kept = named.get("logits_to_keep")
+        self.rows.kept = kept if type(kept) is int else 0
         mask = named.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = None

@@ -115,6 +115,8 @@ class RowMap:
         self.pointer = 0
         self.next_index = 0
         """Cache index of the token after the last forward's."""
+        self.kept = 0
+        """How many last tokens of each sequence blocks may be given that do not need the others; 0 is all."""
         self.written: dict[str, Written] = {}
         self._assigned: tuple[tuple[str, ...], ...] | None = None
         self._prompts: Prompts | None = None

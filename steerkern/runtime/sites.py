@@ -78,7 +78,7 @@ def examine(model: nn.Module, *, shortcut: bool = True) -> Anatomy:
     watch = _watch(decoder, blocks, width, modules, shortcut)
     if [passage.block for passage in watch.passages] != list(blocks):
         raise PlanError(f"the blocks of {type(decoder).__name__} were not called once each, in order")
-    specs = recognise_all((module, *seen) for module, seen in watch.norms.items())
+    specs = recognise_all(watch.norms)
     report = _Report(watch, specs)
     sites = [report.pre(i) for i in range(len(blocks))]
     sites += [site for i in range(len(blocks)) if (site := report.mid(i)) is not None]
@@ -95,9 +95,7 @@ def examine(model: nn.Module, *, shortcut: bool = True) -> Anatomy:
     )
 
 
-def _watch(
-    decoder: nn.Module, blocks: nn.ModuleList, width: int, modules: list[nn.Module], shortcut: bool
-) -> Watch:
+def _watch(decoder: nn.Module, blocks: nn.ModuleList, width: int, modules: list[nn.Module], shortcut: bool) -> Watch:
     if shortcut:
         with contextlib.suppress(Exception):  # whatever it is, the model as it is decides
             watch = Watch(decoder, blocks, width)
@@ -138,7 +136,7 @@ class _Report:
     def mid(self, i: int) -> FoundSite | None:
         passage = self.watch.passages[i]
         for read in passage.sum_reads[:1]:
-            if read.clean and read.storage in passage.carried and self.watch.calls[read.module] == 1:
+            if read.clean and read.storage in passage.carried and self.watch.norms[read.module].times == 1:
                 reason = self._why_not(read)
                 return FoundSite(Site(i, "resid_mid"), read.module, None if reason else self.specs[read.module], reason)
         return None
@@ -161,7 +159,7 @@ class _Report:
             return "the block uses its input before the norm"
         if module not in self.specs:
             return f"{type(module).__name__} is none of the known norms"
-        if self.watch.calls[module] > 1:
+        if self.watch.norms[module].times > 1:
             return f"one {type(module).__name__} is called at several places"
         if module._forward_pre_hooks:
             return f"{type(module).__name__} has forward pre-hooks, which may replace its input"

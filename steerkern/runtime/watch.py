@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .decoder import block_input, block_output
-from .norms import kind, norm_like
+from .norms import Called, Kind, kind, norm_like
 
 PROBE = (2, 3)
 """Batch and tokens of the probe; they differ, so that their order shows."""
@@ -55,10 +55,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class StandIn:
-    """What a part returned, and the norms that were called inside it: path, kind, width and dtype."""
+    """What a part returned, and by their path the norms that were called inside it."""
 
     output: Callable[[], Any]
-    norms: tuple[tuple[str, tuple[Any, ...], int, torch.dtype], ...]
+    norms: tuple[tuple[str, Called], ...]
 
 
 class Watch(TorchFunctionMode):
@@ -73,9 +73,8 @@ class Watch(TorchFunctionMode):
         self.passages: list[Passage] = []
         self.final_reads: list[Read] = []
         """Of the last block's output."""
-        self.norms: dict[nn.Module, tuple[int, torch.dtype]] = {}
-        """Every norm-like module that was called with one tensor: the tensor's last dimension and dtype."""
-        self.calls: dict[nn.Module, int] = {}
+        self.norms: dict[nn.Module, Called] = {}
+        """Every norm-like module that was called with one tensor."""
         self._passage: Passage | None = None  # the block being run
         self._state: Tensor | None = None  # what entered it, or what the last one returned
         self._versions: dict[int, tuple[Tensor, int]] = {}  # storage of the state and of what is made from it
@@ -113,7 +112,7 @@ class Watch(TorchFunctionMode):
         return out
 
     def _follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        given = set(_storages((args, kwargs)))
+        given = _storages((*args, *kwargs.values()))
         into = given & self._versions.keys()
         if not into:
             return
@@ -121,13 +120,13 @@ class Watch(TorchFunctionMode):
         scales = self._inside == 0 and func in _MULTIPLY
         if (adds or scales) and self._passage is not None:
             self._passage.carried |= into
-        if set(_storages(out)) <= given:
+        if _storages((out,)) <= given:
             if func is F.dropout and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0.0:
                 self._touched |= into  # it copies in training mode
             if adds and isinstance(out, Tensor) and _storage(out) in into:
                 self._derive(out, self._sums)
             return  # a view, or written in place, which its version tells
-        unread = any(storage not in self._sums or storage not in self._touched for storage in into)
+        unread = not into <= self._sums & self._touched
         self._touched |= into
         if adds and unread:
             self._derive(out, self._sums)
@@ -166,7 +165,7 @@ class Watch(TorchFunctionMode):
             wraps[block] = self._block(block)
             for name, part in _parts(block):
                 if part not in wraps:  # one part may serve several blocks
-                    wraps[part] = self._part(part, (type(block), name, kind(part) if norm_like(part) else type(part)))
+                    wraps[part] = self._part(part, (type(block), name))
         self._heard = set(wraps)
         with _forwards(wraps):
             yield
@@ -190,37 +189,39 @@ class Watch(TorchFunctionMode):
 
         return run
 
-    def _part(self, part: nn.Module, key: tuple[Any, ...] | None) -> Callable[..., Any]:
-        forward, like_norm = part.forward, norm_like(part)
+    def _part(self, part: nn.Module, place: tuple[type, str] | None) -> Callable[..., Any]:
+        forward = part.forward
+        norm_kind = kind(part) if norm_like(part) else None
+        key = None if place is None else (*place, norm_kind or type(part))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
-                given = set(_storages((args, kwargs)))
-                norm = like_norm and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-                read = Read(part, _storage(args[0]), self._clean(args[0])) if norm else None
+                given = _storages((*args, *kwargs.values()))
+                single = norm_kind is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+                read = Read(part, _storage(args[0]), self._clean(args[0])) if single else None
                 stand_in = self._stand_ins.get(key) if self.shortcut and key is not None else None
-                if stand_in is not None and (norm or not given & self._versions.keys()):
+                if stand_in is not None and (single or self._versions.keys().isdisjoint(given)):
                     if read is not None:
-                        self._note(read, args[0])
+                        self._note(read, norm_kind, args[0])
                     self._note_inside(part, stand_in)
                     return stand_in.output()
             before = len(self.norms)
-            output = self._run_inside(part, forward, norm, args, kwargs)
+            output = self._run(part, forward, single, args, kwargs)
             with torch._C.DisableTorchFunction():
-                passed_through = not given.isdisjoint(_storages(output))
-                inside = list(self.norms.items())[before:]
-                if read is not None and not passed_through:
-                    self._note(read, args[0])
+                passed_through = not given.isdisjoint(_storages((output,)))
                 if key is not None and not passed_through and (like := _like(output)) is not None:
                     paths = {module: path for path, module in part.named_modules()}
-                    norms = tuple((paths[m], kind(m), *seen) for m, seen in inside if m in paths)
+                    inside = list(self.norms.items())[before:]
+                    norms = tuple((paths[norm], called) for norm, called in inside if norm in paths)
                     self._stand_ins[key] = StandIn(like, norms)
+                if read is not None and not passed_through:
+                    self._note(read, norm_kind, args[0])
             return output
 
         return run
 
-    def _run_inside(self, part: nn.Module, forward: Any, norm: bool, args: Any, kwargs: Any) -> Any:
-        if norm:
+    def _run(self, part: nn.Module, forward: Any, single: bool, args: Any, kwargs: Any) -> Any:
+        if single:
             self._inside += 1
             try:
                 return forward(*args)
@@ -234,8 +235,8 @@ class Watch(TorchFunctionMode):
             finally:
                 self._heard.difference_update(inner)
 
-    def _note(self, read: Read, tensor: Tensor) -> None:
-        self._note_norm(read.module, tensor.shape[-1], tensor.dtype)
+    def _note(self, read: Read, norm_kind: Kind | None, tensor: Tensor) -> None:
+        self._note_call(read.module, Called(norm_kind or (), tensor.shape[-1], tensor.dtype))
         if read.storage not in self._versions:
             return
         if self._passage is None:
@@ -246,15 +247,15 @@ class Watch(TorchFunctionMode):
             self._passage.reads.append(read)
         self._touched.add(read.storage)  # who reads it next comes too late to edit it
 
-    def _note_norm(self, module: nn.Module, width: int, dtype: torch.dtype) -> None:
-        self.norms[module] = (width, dtype)
-        self.calls[module] = self.calls.get(module, 0) + 1
-
     def _note_inside(self, part: nn.Module, stand_in: StandIn) -> None:
-        for path, like, width, dtype in stand_in.norms:
+        for path, called in stand_in.norms:
             with contextlib.suppress(AttributeError):
-                if kind(norm := part.get_submodule(path)) == like:
-                    self._note_norm(norm, width, dtype)
+                if kind(norm := part.get_submodule(path)) == called.kind:
+                    self._note_call(norm, called)
+
+    def _note_call(self, norm: nn.Module, called: Called) -> None:
+        before = self.norms.get(norm)
+        self.norms[norm] = replace(called, times=before.times + 1) if before else called
 
 
 _ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
@@ -263,10 +264,10 @@ _MULTIPLY = {torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmu
 
 def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that a block calls itself; lists and dicts are not called, their items are."""
-    for name, child in block.named_children():
+    for name, child in block._modules.items():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from ((f"{name}.{inner}", part) for inner, part in _parts(child))
-        else:
+        elif child is not None:
             yield name, child
 
 
@@ -310,15 +311,17 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _storages(value: Any) -> list[int]:
-    """The storages of all tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return [_storage(value)]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return []
-    return [storage for item in value for storage in _storages(item)]
+def _storages(values: Iterable[Any]) -> set[int]:
+    """The storages of all tensors among values and in nested tuples, lists and dicts of them."""
+    found: set[int] = set()
+    for value in values:
+        if isinstance(value, Tensor):
+            found.add(value.untyped_storage().data_ptr())
+        elif isinstance(value, (tuple, list)):
+            found |= _storages(value)
+        elif isinstance(value, dict):
+            found |= _storages(value.values())
+    return found
 
 
 def _like(value: Any) -> Callable[[], Any] | None:

@@ -179,7 +179,7 @@ def test_the_middle_of_a_block_equals_a_hook_on_its_second_norm(
     layers = [layer for layer, letter in enumerate(family.mid) if letter != "-"]
     missing = [layer for layer, letter in enumerate(family.mid) if letter == "-"]
     for layer in missing[:1]:
-        with pytest.raises(sk.PlanError, match=rf"resid_mid\[{layer}\]: this block has no such site"):
+        with pytest.raises(sk.PlanError, match=rf"resid_mid\[{layer}\]: no such site"):
             sk.steer(model, sk.Plan(sk.add(direction(1)), layers=layer, site="resid_mid"))
     if not layers:
         return

@@ -1,0 +1,82 @@
+"""Tokens per second of ``generate`` with every layer steered, against the stock model that steers nothing.
+
+``pytest benchmarks/test_decode.py --benchmark-json=benchmarks/results/decode.json``. One thread; each round runs the
+stock model, a hand-written ablation hook on every block, our fused norms without an edit, and steering with rank 1 and
+rank 4 in turn, and ratios are taken within rounds. ``stock again`` is the stock model once more: the noise floor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import steerkern as sk
+from benchmarks.shapes import SHAPES, random_llama
+from steerkern.ops.dispatch import backends
+from steerkern.timing import Contender, ablation_hooks, generate_exactly, interleave
+
+pytestmark = pytest.mark.skipif(bool(backends()["cpu"]), reason=backends()["cpu"] or "-")
+GOALS = {"9M": 1.10, "34M": 1.04, "0.5B": 1.03}
+TOKENS = {"9M": 48, "34M": 32, "0.5B": 12}
+ROUNDS = {"9M": 25, "34M": 21, "0.5B": 13}
+
+
+@contextlib.contextmanager
+def unsteered(model: LlamaForCausalLM, plan: sk.Plan) -> Iterator[None]:
+    """Our norms everywhere, no row steered: what the fusion gives by itself."""
+    with sk.steer(model, plan, silent="ignore") as session:
+        session.rows([None])
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name in GOALS])
+def test_decode(benchmark: Any, shape: str, dtype: torch.dtype) -> None:
+    model = random_llama(shape, dtype)
+    width, tokens = model.config.hidden_size, TOKENS[shape]
+    generator = torch.Generator().manual_seed(1)
+    inputs = {"input_ids": torch.randint(3, 500, (1, 16), generator=generator)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    vectors = torch.randn(4, width, generator=generator)
+    one, four = (sk.Plan(sk.ablate(v), name=n) for v, n in ((vectors[:1], "K=1"), (vectors, "K=4")))
+    unit = torch.nn.functional.normalize(vectors[0], dim=0)
+    correct(model, inputs, one, unit)
+
+    def run() -> Any:
+        return generate_exactly(model, inputs, tokens)
+
+    contenders = [
+        Contender("stock", run),
+        Contender("stock again", run),
+        Contender("hook K=1", run, lambda: ablation_hooks(model, unit)),
+        Contender("fused, unsteered", run, lambda: unsteered(model, one)),
+        Contender("steered K=1", run, lambda: sk.steer(model, one)),
+        Contender("steered K=4", run, lambda: sk.steer(model, four)),
+    ]
+    timings = interleave(contenders, rounds=ROUNDS[shape])
+    benchmark.extra_info["tokens_per_second"] = {c.name: round(timings.rate(c.name, tokens).median, 2) for c in contenders}
+    ratios = {c.name: [round(x, 4) for x in timings.speedup(c.name, "stock")] for c in contenders[1:]}
+    benchmark.extra_info["speedup_over_stock_quartiles"] = ratios
+    benchmark.extra_info["goal"] = GOALS[shape]
+    with sk.steer(model, one):
+        benchmark.pedantic(run, rounds=3)
+    print(f"\n{shape} {dtype}, goal {GOALS[shape]}x: " + ", ".join(f"{k} {v[1]:.3f}x" for k, v in ratios.items()))
+
+
+def correct(model: LlamaForCausalLM, inputs: dict[str, Any], plan: sk.Plan, unit: torch.Tensor) -> None:
+    """Before anything is timed: the steered logits are the hook's, and not the stock model's."""
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        with ablation_hooks(model, unit):
+            hook = model(**inputs).logits
+        with sk.steer(model, plan):
+            steered = model(**inputs).logits
+    effect = float((hook - stock).float().abs().max())
+    error = float((steered - hook).float().abs().max())
+    # random weights in bf16: the two sides round differently in each of up to 24 layers
+    assert error < (0.25 if model.dtype == torch.bfloat16 else 1e-3) * effect, (error, effect)

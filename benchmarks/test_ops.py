@@ -1,0 +1,201 @@
+"""The fused op on the CPU, one thread, against what it replaces and against what the machine can do.
+
+``pytest benchmarks/test_ops.py --benchmark-json=benchmarks/results/ops.json``. Every comparison runs its sides in turn,
+so that a slow moment hits all of them; the ratios of their medians are in ``extra_info``. Nothing here fails for being
+slow, everything fails for being wrong.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from steerkern.ops import cpu, reference
+from steerkern.ops.schemas import Flag, Norm, Tables
+
+pytestmark = pytest.mark.skipif(bool(cpu.unusable()), reason=cpu.unusable() or "-")
+EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """The norm of Llama in transformers, operation by operation."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        dtype = h.dtype
+        h = h.to(torch.float32)
+        variance = h.pow(2).mean(-1, keepdim=True)
+        h = h * torch.rsqrt(variance + EPS)
+        return self.weight * h.to(dtype)
+
+
+class Fused(nn.Module):
+    """What a session puts in the norm's place."""
+
+    def __init__(self, weight: Tensor, tables: Tables | None, slot: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.kernel = cpu.bind(tables, weight.numel(), weight.dtype, Norm.LLAMA, EPS)
+        self.slot = slot
+        self.pointer = 0 if slot is None else slot.data_ptr()
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = torch.empty_like(h)
+        n, width = h.shape
+        fault = self.kernel(n, h.data_ptr(), width, self.pointer, self.weight.data_ptr(), 0, y.data_ptr(), 1)
+        assert fault == -1
+        return y
+
+
+def ablation(k: int, width: int, plans: int = 1) -> Tables:
+    """``plans`` slots that each ablate ``k`` orthonormal directions of their own."""
+    torch.manual_seed(0)
+    bank = torch.cat([torch.linalg.qr(torch.randn(width, k))[0].T for _ in range(plans)]).contiguous()
+    links = torch.full((4, plans * k), -1, dtype=torch.int32)
+    links[0] = torch.arange(plans * k)
+    links[3] = int(Flag.READ | Flag.WRITE)
+    fields = torch.tensor([0.0, 1.0, -torch.inf, torch.inf, 1.0, -torch.inf, torch.inf])
+    span = torch.tensor([[p * k, k, 0] for p in range(plans)], dtype=torch.int32)
+    return Tables(bank, links, fields[:, None].repeat(1, plans * k), span, torch.ones(plans))
+
+
+def interleaved(sides: dict[str, Callable[[], Any]], seconds: float = 1.5) -> dict[str, float]:
+    """Median microseconds of each side, run in turn; short calls are timed in groups of about 50 us."""
+    repeats = {}
+    for name, run in sides.items():
+        run()
+        start = time.perf_counter()
+        run()
+        repeats[name] = max(1, int(50e-6 / (time.perf_counter() - start)))
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[name]) < 9:
+        for name, run in sides.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                run()
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: 1e6 * statistics.median(values) for name, values in times.items()}
+
+
+def record(
+    benchmark: Any, run: Callable[[], Any], sides: dict[str, Callable[[], Any]], **ratios: tuple[str, str]
+) -> None:
+    """Time ``run`` for the benchmark's own table, ``sides`` in turn for ``ratios`` (numerator, denominator)."""
+    medians = interleaved(sides)
+    benchmark.extra_info["median_us"] = {name: round(value, 2) for name, value in medians.items()}
+    for name, (above, below) in ratios.items():
+        benchmark.extra_info[name] = round(medians[above] / medians[below], 3)
+    benchmark.pedantic(run, rounds=20, iterations=max(1, int(1000 / medians[next(iter(sides))])))
+    print(f"\n{benchmark.name}: " + ", ".join(f"{k} {v}" for k, v in benchmark.extra_info.items()))
+
+
+def gate(h: Tensor, fused: nn.Module, tables: Tables, slot: Tensor | None, weight: Tensor) -> None:
+    """The fused op must agree with the reference before it is timed."""
+    edited = h.clone()
+    y = fused(edited)
+    wanted, own = reference.steer(h, slot, tables, weight, None, EPS, Norm.LLAMA)
+    assert own is not None
+    step = torch.finfo(h.dtype).eps
+    torch.testing.assert_close(edited, wanted, rtol=2 * step, atol=step)
+    torch.testing.assert_close(y, own, rtol=4 * step, atol=2 * step)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("n", "width", "k"),
+    [
+        (1, 896, 1),
+        (1, 2048, 1),
+        (1, 4096, 1),
+        (1, 2048, 4),
+        (8, 2048, 1),
+        (64, 2048, 1),
+        (64, 2048, 4),
+        (2048, 2048, 1),
+    ],
+)
+def test_against_eager_hook_and_norm(benchmark: Any, n: int, width: int, k: int, dtype: torch.dtype) -> None:
+    """Goal: 8 times at N=1, H=2048, bf16."""
+    torch.manual_seed(1)
+    h, weight = torch.randn(n, width).to(dtype), torch.rand(width).to(dtype)
+    tables, slot = ablation(k, width), torch.zeros(n, dtype=torch.int32)
+    fused, stock, bare = Fused(weight, tables, slot), RMSNorm(weight), RMSNorm(weight)
+    rows = tables.bank.to(dtype)
+    stock.register_forward_pre_hook(lambda module, args: (args[0] - (args[0] @ rows.T) @ rows,))
+    gate(h, fused, tables, slot, weight)
+    sides = {"fused": lambda: fused(h), "hook and norm": lambda: stock(h), "unsteered norm": lambda: bare(h)}
+    record(
+        benchmark, sides["fused"], sides, speedup=("hook and norm", "fused"), over_unsteered=("unsteered norm", "fused")
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("width", [896, 2048, 4096])
+def test_bandwidth(benchmark: Any, width: int, dtype: torch.dtype) -> None:
+    """Goal: 0.85 of a copy that moves the same bytes (reads h, writes h, writes y) at N=2048."""
+    torch.manual_seed(1)
+    n = 2048
+    h, weight = torch.randn(n, width).to(dtype), torch.rand(width).to(dtype)
+    tables, slot = ablation(1, width), torch.zeros(n, dtype=torch.int32)
+    fused = Fused(weight, tables, slot)
+    gate(h[:64].clone(), Fused(weight, tables, slot[:64]), tables, slot[:64], weight)
+    y, source = torch.empty_like(h), torch.randn(n * width * 3 // 2).to(dtype)
+    target, pointers = torch.empty_like(source), (slot.data_ptr(), weight.data_ptr(), 0, y.data_ptr(), 1)
+    sides: dict[str, Callable[[], Any]] = {
+        "fused": lambda: fused.kernel(n, h.data_ptr(), width, *pointers),
+        "copy": lambda: target.copy_(source),
+    }
+    record(benchmark, sides["fused"], sides, of_copy=("copy", "fused"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("n", [1, 64, 2048])
+def test_cost_of_steering_over_the_fused_norm_alone(benchmark: Any, n: int, dtype: torch.dtype) -> None:
+    """Our own kernel with 0, 1, 4 and 16 directions."""
+    torch.manual_seed(1)
+    width = 2048
+    h, weight, slot = torch.randn(n, width).to(dtype), torch.rand(width).to(dtype), torch.zeros(n, dtype=torch.int32)
+    sides: dict[str, Callable[[], Any]] = {}
+    for k in (0, 1, 4, 16):
+        tables = ablation(max(k, 1), width)
+        fused = Fused(weight, tables, slot if k else None)
+        gate(h.clone(), fused, tables, slot if k else None, weight)
+        sides[f"k{k}"] = lambda fused=fused: fused(h)
+    record(benchmark, sides["k1"], sides, k1=("k1", "k0"), k4=("k4", "k0"), k16=("k16", "k0"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_one_plan_or_256_in_a_batch(benchmark: Any, dtype: torch.dtype) -> None:
+    """256 rows, each with the same plan or each with its own; the bank of 256 plans is 256 times larger."""
+    torch.manual_seed(1)
+    n, width = 256, 2048
+    h, weight, tables = torch.randn(n, width).to(dtype), torch.rand(width).to(dtype), ablation(1, width, plans=n)
+    same, own = torch.zeros(n, dtype=torch.int32), torch.randperm(n).to(torch.int32)
+    one, many = Fused(weight, tables, same), Fused(weight, tables, own)
+    gate(h, one, tables, same, weight)
+    gate(h, many, tables, own, weight)
+    sides = {"one plan": lambda: one(h), "256 plans": lambda: many(h)}
+    record(benchmark, sides["256 plans"], sides, flatness=("256 plans", "one plan"))
+
+
+def test_cost_of_a_call(benchmark: Any) -> None:
+    """The bound kernel on no rows: what calling it costs."""
+    kernel = cpu.bind(None, 2048, torch.bfloat16, Norm.LLAMA, EPS)
+    h = torch.empty(1, 2048, dtype=torch.bfloat16)
+    pointer = h.data_ptr()
+    sides: dict[str, Callable[[], Any]] = {
+        "kernel": lambda: kernel(0, pointer, 2048, 0, 0, 0, pointer, 1),
+        "kernel and addresses": lambda: kernel(0, h.data_ptr(), 2048, 0, 0, 0, h.data_ptr(), 1),
+        "torch.empty_like": lambda: torch.empty_like(h),
+    }
+    record(benchmark, sides["kernel"], sides)
