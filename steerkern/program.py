@@ -263,6 +263,19 @@ class Program:
             packed.spans.append((number, first, size, mode))
         return packed
 
+    def probe_columns(self, number: int, slot: int, name: str) -> list[int]:
+        """Where a plan's probes stand among the entries of a slot at site ``number``."""
+        key = next(key for key, s in self._slots.items() if s == slot)
+        columns: list[int] = []
+        at = 0
+        for held, step in self._steps(key):
+            if number in self._places(step):
+                for edit in step.edits:
+                    if edit.kind == "probe" and held.plan.name == name:
+                        columns += range(at + (edit.gate is not None), at + edit.entries)
+                    at += edit.entries
+        return columns
+
     def _allocate(self, key: frozenset[StepKey]) -> None:
         packed = self._pack(key)
         first, size = self._filled, len(packed.links)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -409,6 +410,20 @@ def test_bad_input_is_refused_in_one_sentence(name: str) -> None:
         call()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+FREE = {"add": "alpha", "ablate": "beta", "clamp": "alpha", "cap": "lo hi", "rotate": "alpha", "probe": ""}
+
+
+@pytest.mark.parametrize("kind", FREE)
+def test_a_kind_has_no_map_but_its_own(kind: str) -> None:
+    """A file may pair any kind with any numbers; an add with bounds would be run as a plain add."""
+    made = {edit.kind: edit for edit, _ in CASES.values()}[kind]
+    for name, value in {"alpha": 0.6, "beta": 0.5, "lo": -9.0, "hi": 9.0}.items():
+        if name not in FREE[kind].split():
+            rows = replace(made.rows[None], **{name: (value,) * made.rank})
+            with pytest.raises(ValueError, match=f"^{kind} needs {name} "):
+                replace(made, rows={None: rows})
 
 
 def test_vectors_of_two_models_are_refused() -> None:

@@ -173,7 +173,7 @@ STEER_FN void map_pairs(const T* h, const T* weight, const T* bias, T* y, int64_
     const Rest x(h + j, left), w(weight ? weight + j : h, left), b(bias ? bias + j : h, left);
     T out[kStep];
     f(x.value, weight ? w.value : weight, bias ? b.value : bias, out);
-    copy<kLanes>(y + j, out, left);
+    copy<kStep>(y + j, out, left);
   }
 }
 

@@ -83,6 +83,10 @@ def speed_table(subject: Subject, speed: Speed) -> Table:
         f"Greedy model.generate of {speed.size.tokens} tokens, batch 1, threads: {speed.threads}, interleaved rounds: "
         f"{speed.size.rounds}; {parameters:,} parameters in {subject.dtype}; backend {speed.backend}."
     )
+    if speed.backend == "reference":
+        note += " The native kernels do not run here and this is plain torch: steerkern doctor says why."
+    if speed.agreement["steerkern"] != "yes" and subject.dtype != "float32":
+        note += f" In {subject.dtype} the hook rounds direction and projection, the kernel sums in float32: tokens may part."
     return Table("speed", "Decoding speed", columns, tuple(rows), note)
 
 

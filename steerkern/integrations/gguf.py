@@ -1,8 +1,8 @@
 """Control vectors of llama.cpp and repeng: GGUF files with a tensor ``direction.N`` per block.
 
-``direction.N [H]`` float32 is added to the output of block ``N``, counted from 0: the site ``resid_post[N]``. Block 0 has
-no tensor; llama.cpp refuses a file with ``direction.0`` (``common_control_vector_load_one`` in ``common/common.cpp``,
-``llama_adapter_cvec`` in ``src/llama-adapter.cpp``, ``ControlVector.export_gguf`` in repeng).
+``direction.N [H]`` float32 is added to the output of block ``N``, counted from 0: the site ``resid_post[N]``. Block 0
+has no tensor; llama.cpp refuses a file with ``direction.0`` (``common_control_vector_load_one`` in
+``common/common.cpp``, ``llama_adapter_cvec`` in ``src/llama-adapter.cpp``, ``ControlVector.export_gguf`` in repeng).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def read_gguf(path: str | os.PathLike[str]) -> Directions:
 def write_gguf(directions: Directions, path: str | os.PathLike[str], *, layers: Iterable[int] | None = None) -> None:
     """Write a control vector that llama.cpp and repeng read; the raw vectors are kept to the bit.
 
-    Directions at ``resid_pre`` are written as the block outputs that they are, see :func:`as_resid_post`. Name and model
-    type are kept; layer count of the model and provenance have no place in the format.
+    Directions at ``resid_pre`` are written as the block outputs that they are, see :func:`as_resid_post`. Name and
+    model type are kept; layer count of the model and provenance have no place in the format.
 
     Args:
         directions: at ``resid_post`` or ``resid_pre``.
@@ -98,27 +98,22 @@ def write_gguf(directions: Directions, path: str | os.PathLike[str], *, layers: 
             f"the output of block 0 ({directions.site}[{int(directions.site == 'resid_pre')}]) has no place in a GGUF "
             "control vector, which starts at block 1; leave that layer out"
         )
-    scratch = None
     try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".writing-", suffix=".gguf", delete=False) as made:
-            scratch = Path(made.name)
-        writer = gguf.GGUFWriter(scratch, ARCHITECTURE)
-        writer.add_string("general.name", chosen.name)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", _hint(chosen))
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(chosen))
-        for layer, direction in chosen.items():
-            writer.add_tensor(f"direction.{layer}", direction.raw.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        scratch.chmod(0o666 & ~_umask())
-        os.replace(scratch, file)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".writing-") as scratch:
+            whole = Path(scratch) / "vector.gguf"
+            writer = gguf.GGUFWriter(whole, ARCHITECTURE)
+            writer.add_string("general.name", chosen.name)
+            writer.add_string(f"{ARCHITECTURE}.model_hint", _hint(chosen))
+            writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(chosen))
+            for layer, direction in chosen.items():
+                writer.add_tensor(f"direction.{layer}", direction.raw.numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            os.replace(whole, file)
     except OSError as error:
         raise ArtifactError(f"cannot write {file}: {error.strerror or error}") from None
-    finally:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
 
 
 def as_resid_post(directions: Directions) -> Directions:
@@ -134,7 +129,7 @@ def as_resid_post(directions: Directions) -> Directions:
     if directions.site == "resid_post":
         return directions
     if directions.site != "resid_pre":
-        raise ArtifactError(f"a GGUF control vector is added to block outputs, these directions are of {directions.site}")
+        raise ArtifactError(f"control vectors are added to block outputs, these directions are of {directions.site}")
     if 0 in directions:
         raise ArtifactError("resid_pre[0] is the embedding, no block's output; leave layer 0 out")
     raw = {layer - 1: direction.raw for layer, direction in directions.items()}
@@ -162,13 +157,7 @@ def _only(directions: Directions, layers: Iterable[int]) -> Directions:
 
 def _hint(directions: Directions) -> str:
     hint = directions.provenance.get("model_hint") if directions.model is None else directions.model.model_type
-    return hint if isinstance(hint, str) else "unknown"
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    return hint if isinstance(hint, str) and hint.isprintable() and len(hint) <= 128 else "unknown"
 
 
 def _text(reader: Any, key: str) -> str | None:
@@ -200,6 +189,8 @@ def _layer(key: str) -> int:
 def _check_header(file: Path) -> None:
     """Raise ArtifactError unless what the library loops over is bounded and inside the file."""
     try:
+        if not file.is_file():
+            raise ArtifactError(f"no file {str(file)!r}")
         size = file.stat().st_size
         if size > MAX_TENSOR_BYTES:
             raise ArtifactError(f"{file.name} is {size} bytes, allowed are {MAX_TENSOR_BYTES}")

@@ -123,8 +123,7 @@ _CONVENTIONS = (Norm.LLAMA, Norm.FP32, Norm.GEMMA, Norm.LAYER)
 
 def _twin(module: nn.Module, parameters: dict[str, Tensor]) -> Any:
     """A module that runs the same code with other parameters, of those that ``module`` has."""
-    plain = stock_class(type(module))
-    twin = plain.__new__(plain)
+    twin: Any = object.__new__(stock_class(type(module)))
     twin.__dict__.update(vars(module))
     own = module._parameters
     twin.__dict__["_parameters"] = {n: parameters[n] if p is not None else None for n, p in own.items()}

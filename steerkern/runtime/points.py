@@ -14,6 +14,7 @@ from ..program import Program
 from .decoder import block_input, block_output
 from .norms import NormSpec
 from .patch import stock_class
+from .readings import Readings
 from .rows import RowMap
 from .sites import FoundSite
 
@@ -33,8 +34,8 @@ class Point:
         self.width = program.width
         self.native = backend == "cpu"
         self.calls = 0
-        self.traces: list[Tensor] | None = None
-        """Coordinates read per forward ``[rows, T]``, when a probe is among the plans."""
+        self.readings: Readings | None = None
+        """Where coordinates go, when a probe is among the plans."""
         self.tables: Tables | None = None if number is None else program.tables(number)
         self._kernels: dict[torch.dtype, Any] = {}
 
@@ -54,11 +55,10 @@ class Point:
         if torch.is_grad_enabled() and state.requires_grad:
             self._edit_differentiably(state, slot)
             return
-        trace = self._trace(flat)
+        trace = None if self.readings is None else self.readings.buffer(flat.shape[0])
         if self.native and flat.dtype in cpu.DTYPE_CODES:
-            kernel = self._kernels.get(flat.dtype) or self._bind(flat.dtype, Norm.NONE, 0.0)
-            columns = 0 if trace is None else trace.shape[1]
-            pointer = 0 if trace is None else trace.data_ptr()
+            kernel = self._kernels.get(flat.dtype) or self._bind(flat.dtype)
+            columns, pointer = (0, 0) if trace is None else (trace.shape[1], trace.data_ptr())
             fault = kernel.full(
                 flat.shape[0], flat.data_ptr(), flat.stride(0), slot.data_ptr(), 0, 0, 0, 0, 0, pointer, columns,
                 threads(flat.numel()),
@@ -66,11 +66,12 @@ class Point:
             self._check(fault, slot)
         else:
             flat.copy_(reference.edit_rows(flat, slot, self.tables, self.program.entries_per_row, trace))
+        self._take(slot, trace)
         if back is not None:
             back.copy_(flat.view_as(back))
 
-    def _bind(self, dtype: torch.dtype, norm: Norm, eps: float) -> Any:
-        kernel = self._kernels[dtype] = cpu.bind(self.tables, self.width, dtype, norm, eps)
+    def _bind(self, dtype: torch.dtype) -> Any:
+        kernel = self._kernels[dtype] = cpu.bind(self.tables, self.width, dtype, Norm.NONE, 0.0)
         return kernel
 
     def _check(self, fault: int, slot: Tensor) -> None:
@@ -93,30 +94,35 @@ class Point:
             raise PlanError(f"the state has {count} rows, the row map of this forward {rows.count}")
         return slot
 
-    def _trace(self, flat: Tensor) -> Tensor | None:
-        if self.traces is None:
-            return None
-        trace = torch.full((flat.shape[0], self.program.entries_per_row), torch.nan)
-        self.traces.append(trace)
-        return trace
+    def _take(self, slot: Tensor, trace: Tensor | None) -> None:
+        if trace is not None and self.readings is not None:
+            self.readings.take(self.rows.requests, self.rows.tokens, slot, trace)
 
     def _edit_differentiably(self, state: Tensor, slot: Tensor) -> None:
         assert self.tables is not None
         if state.is_leaf:
             raise PlanError("the state to edit is a leaf that requires grad; pass inputs_embeds * 1 or detach it")
         flat = state.reshape(-1, self.width).clone()  # what autograd saves must survive the write below
-        edited = reference.edit_rows(flat, slot, self.tables, self.program.entries_per_row, self._trace(flat))
+        trace = None if self.readings is None else self.readings.buffer(flat.shape[0])
+        edited = reference.edit_rows(flat, slot, self.tables, self.program.entries_per_row, trace)
+        self._take(slot, trace)
         state.copy_(edited.view_as(state))
 
     def _edit_traced(self, state: Tensor) -> None:
         assert self.tables is not None
+        if self.readings is not None:
+            raise PlanError("probes are read in eager forwards only; this one is being compiled")
+        if self.streams != "none":
+            raise PlanError("a state with several streams is steered in eager forwards only; this one is being compiled")
         flat = state.reshape(-1, self.width)
         slot = self.rows.slot[: flat.shape[0]]
         if torch.is_grad_enabled() and state.requires_grad:
             edited = reference.edit_rows(flat.clone(), slot, self.tables, self.program.entries_per_row)
             state.copy_(edited.view_as(state))
-        else:
-            torch.ops.steerkern.steer_(flat, slot, *self.tables)
+            return
+        torch.ops.steerkern.steer_(flat, slot, *self.tables)
+        if not state.is_contiguous():
+            state.copy_(flat.view_as(state))
 
 
 class NormPoint(Point):
@@ -139,7 +145,7 @@ class NormPoint(Point):
 
     def __call__(self, state: Tensor) -> Tensor:
         """Edit ``state [..., H]`` in place and return it normalised."""
-        if state.dtype is not self.dtype or torch.is_grad_enabled() or self.traces is not None:
+        if state.dtype is not self.dtype or torch.is_grad_enabled() or self.readings is not None:
             return self._slow(state)
         if torch.compiler.is_compiling():
             return self._traced(state)
@@ -173,6 +179,8 @@ class NormPoint(Point):
         spec, tables = self.spec, self.tables
         if tables is None:
             return reference.normalise(flat, spec.weight, spec.bias, spec.eps, spec.norm).view_as(state)
+        if not state.is_contiguous():
+            return self._slow(state)
         slot = self.rows.slot[: flat.shape[0]]
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         out = torch.ops.steerkern.steer_norm_(flat, slot, *tables, weight, bias, spec.eps, int(spec.norm))

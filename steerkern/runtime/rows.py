@@ -113,6 +113,10 @@ class RowMap:
         self.slot = torch.full((capacity,), -1, dtype=torch.int32, device=program.device)
         self.count = -1
         self.pointer = 0
+        self.tokens = 0
+        """Tokens per sequence of the current forward."""
+        self.requests = 0
+        """Requests begun so far."""
         self.next_index = 0
         """Cache index of the token after the last forward's."""
         self.kept = 0
@@ -146,6 +150,7 @@ class RowMap:
         for written in self.written.values():
             written.spans = {}
         self._prompts = prompts
+        self.requests += 1
 
     @property
     def prompts(self) -> Prompts | None:
@@ -167,7 +172,7 @@ class RowMap:
         """Set the map for a forward of ``batch`` sequences and ``tokens`` tokens each, after ``past`` cached ones."""
         prompts = self._prompts
         assert prompts is not None
-        self.count = batch * tokens
+        self.count, self.tokens = batch * tokens, tokens
         self.next_index = past + tokens
         decode = tokens == 1 and past >= prompts.length
         if decode and self._decode is not None and self._decode[0] == batch and past == self._last + 1:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
-from ..program import Capacity, Program, needs
+from ..program import Capacity, Program, Site, needs
 from .patch import attach, detach, suspended
 from .points import DoorPoint, NormPoint, Point
+from .readings import Readings
 from .receipt import PlanReceipt, Receipt
 from .requests import DecoderCalls, GenerateCalls
 from .rows import Prompts, RowMap
@@ -23,6 +24,8 @@ from .sites import Anatomy, examine
 
 Fuse = Literal["all", "sites", "none"]
 Silent = Literal["error", "warn", "ignore"]
+Part = tuple[nn.Module, str, Any]
+"""A module, the kind of its handler, the handler."""
 RowPlans = Sequence["str | Plan | Iterable[str | Plan] | None"]
 
 
@@ -44,34 +47,33 @@ class Session:
         for plan in plans:
             self._hold(plan)
         self._rows = RowMap(self._program)
-        self._points: list[Point] = []
-        self._attached: list[tuple[nn.Module, str, Any]] = []
         self._calls = DecoderCalls(anatomy.decoder, self._rows, self._edits_input())
-        self._attach(fuse)
+        parts = [*self._make_points(fuse), (anatomy.decoder, "call", self._calls)]
+        if hasattr(anatomy.model, "generate"):
+            parts.append((anatomy.model, "generate", GenerateCalls(self._calls)))
+        self._points = [point for _, _, point in parts if isinstance(point, Point) and point.number is not None]
+        self._watch_probes()
+        self._attached: list[Part] = []
+        self._attach(parts)
 
     # attaching and detaching
 
-    def _attach(self, fuse: Fuse) -> None:
+    def _make_points(self, fuse: Fuse) -> list[Part]:
         steered: dict[nn.Module, int] = {}
-        parts: list[tuple[nn.Module, str, Any]] = []
+        parts: list[Part] = []
         for number, found in enumerate(self.anatomy.sites):
             if found.fused is not None and fuse != "none":
                 steered[found.fused.module] = number
             else:
-                point = DoorPoint(found, self._program, self._rows, number, self.backend)
-                self._points.append(point)
-                parts.append((found.door, "call", point))
+                door = DoorPoint(found, self._program, self._rows, number, self.backend)
+                parts.append((found.door, "call", door))
         for spec in self.anatomy.norms:
             at = steered.get(spec.module)
-            if at is None and fuse != "all":
-                continue
-            norm = NormPoint(spec, self._program, self._rows, at, self.backend)
-            if at is not None:
-                self._points.append(norm)
-            parts.append((spec.module, "norm", norm))
-        parts.append((self.anatomy.decoder, "call", self._calls))
-        if hasattr(self.anatomy.model, "generate"):
-            parts.append((self.anatomy.model, "generate", GenerateCalls(self._calls)))
+            if at is not None or fuse == "all":
+                parts.append((spec.module, "norm", NormPoint(spec, self._program, self._rows, at, self.backend)))
+        return parts
+
+    def _attach(self, parts: Iterable[Part]) -> None:
         try:
             for part in parts:
                 attach(*part)
@@ -133,6 +135,7 @@ class Session:
         self._hold(plan)
         self._rows.forget()
         self._calls.edits_input = self._edits_input()
+        self._watch_probes()
 
     def remove(self, name: str) -> None:
         """Drop a plan, from the next forward on.
@@ -181,7 +184,43 @@ class Session:
             raise PlanError(f"plan {plan.name!r} was made for {plan.model}, the model is {self.anatomy.fingerprint}")
         self._program.add(plan)
 
+    def _watch_probes(self) -> None:
+        """Let the points that a probe reaches keep what it reads."""
+        probing: dict[int, list[str]] = {}
+        for plan in self._program.plans:
+            for step in plan.steps:
+                if any(edit.kind == "probe" for edit in step.edits):
+                    for number in self._program.reach(step):
+                        probing.setdefault(number, []).append(plan.name)
+        for point in self._points:
+            assert point.number is not None
+            names = probing.get(point.number)
+            if names != (point.readings and point.readings.plans):
+                point.readings = None if names is None else Readings(self._program, point.number, names)
+
     # what was done
+
+    def readings(self, name: str) -> dict[Site, Tensor]:
+        """The coordinates that the probes of a plan read in the last request.
+
+        Returns:
+            per site ``[B, tokens, k]`` float32 on the CPU, one column per probed direction, in residual units; NaN at
+            tokens outside the plan's scope.
+
+        Raises:
+            PlanError: no such plan, or it has no probe.
+        """
+        plan = self._program.get(name).plan
+        if not any(edit.kind == "probe" for step in plan.steps for edit in step.edits):
+            raise PlanError(f"plan {name!r} has no probe to read")
+        found = {}
+        for point in self._points:
+            read = point.readings.of(name) if point.readings is not None else None
+            if point.number is not None and read is not None:
+                found[self._program.sites[point.number]] = read
+        return found
+
+    # receipts
 
     def receipt(self) -> Receipt:
         """Which plan wrote which sites, rows and tokens so far."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,15 @@ from .decoder import block_input, block_output, find_decoder, text_config
 from .norms import NormSpec, recognise_all
 from .watch import PROBE, Read, Watch
 
-
 __all__ = ["Anatomy", "FoundSite", "block_input", "block_output", "examine", "find_decoder", "text_config"]
 
 
 @dataclass(frozen=True, eq=False)
 class FoundSite:
-    """Where one residual site lives: ``fused`` in a norm, else at a door.
+    """Where one residual site lives: ``fused`` in a norm, else at the door of a module.
 
-    ``door`` is the module whose first argument is the state: the block, or for ``resid_mid`` its second norm; for
-    ``resid_post`` it is the block that returns the state. ``streams`` says how a block's state with an extra dimension lies in memory: ``outer`` ``[X, B, S, H]``,
+    ``door`` is the block; for ``resid_mid`` the norm that reads it. The state is its first argument, or what it returns
+    for ``resid_post``. ``streams`` says how a state with an extra dimension lies in memory: ``outer`` ``[X, B, S, H]``,
     ``inner`` ``[B, S, X, H]`` or ``none``.
     """
 
@@ -74,6 +74,7 @@ def examine(model: nn.Module, *, shortcut: bool = True) -> Anatomy:
     decoder, blocks = find_decoder(model)
     modules = list(decoder.modules())
     device = _device(modules, type(decoder).__name__)
+    config: Any = model.config
     width = int(text_config(model).hidden_size)
     watch = _watch(decoder, blocks, width, modules, shortcut)
     if [passage.block for passage in watch.passages] != list(blocks):
@@ -89,7 +90,7 @@ def examine(model: nn.Module, *, shortcut: bool = True) -> Anatomy:
         tuple(blocks),
         tuple(sites),
         tuple(specs.values()),
-        Fingerprint(str(model.config.model_type), width, len(blocks)),
+        Fingerprint(str(config.model_type), width, len(blocks)),
         device,
         watch.passages[-1].entered.dtype,
     )

@@ -196,13 +196,14 @@ class Watch(TorchFunctionMode):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
-                given = _storages((*args, *kwargs.values()))
                 single = norm_kind is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
                 read = Read(part, _storage(args[0]), self._clean(args[0])) if single else None
                 stand_in = self._stand_ins.get(key) if self.shortcut and key is not None else None
-                if stand_in is not None and (single or self._versions.keys().isdisjoint(given)):
-                    if read is not None:
-                        self._note(read, norm_kind, args[0])
+                if read is not None and stand_in is not None:
+                    self._note(read, norm_kind, args[0])
+                    return stand_in.output()
+                given = _storages((*args, *kwargs.values()))
+                if stand_in is not None and self._versions.keys().isdisjoint(given):
                     self._note_inside(part, stand_in)
                     return stand_in.output()
             before = len(self.norms)

@@ -29,7 +29,7 @@ def slots(n: int, count: int, seed: int = 0) -> Tensor:
     return torch.randint(-1, count, (n,), generator=generator, dtype=torch.int32)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def case(
     kind: str, n: int, width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tables, oracle.Exact, Tensor, Tensor]:
@@ -70,6 +70,18 @@ def test_number_of_rows(backend: Runner, n: int, dtype: torch.dtype) -> None:
     oracle.assert_close(got.h, own, exact.h, dtype, h)
     assert got.y is not None
     assert got.y.shape == h.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_width(backend: Runner, dtype: torch.dtype) -> None:
+    """All ends that a row can have behind its last whole vector, block of 32 and block of 64 elements."""
+    for width in range(1, 135):
+        h, slot, tables, exact, own, _ = case("rotate", 2, width, dtype)
+        weight, bias = rows(2, width, dtype, seed=1)
+        for norm, shift in ((Norm.LLAMA, None), (Norm.LAYER, bias)):
+            got = backend.run(h, slot, tables, weight, shift, norm=norm, odd=True)
+            oracle.assert_close(got.h, own, exact.h, dtype, h)
+            assert_normalised(got.y, got.h, weight, shift, norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
