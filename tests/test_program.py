@@ -97,6 +97,20 @@ def test_rows_of_no_slot_keep_their_bits_beside_steered_ones() -> None:
     assert not torch.equal(out[::2], H[::2])
 
 
+def test_a_rotation_elsewhere_does_not_break_a_site_of_fewer_entries() -> None:
+    """reference.edit_rows: rows without entries looked up entry 0 of the tables, and with it a mate out of bounds."""
+    held = program()
+    for plan in (PLANS[3], PLANS[0]):  # the rotation's entries come first, and reach other sites than the add's
+        held.add(plan)
+    held.slot(keys(PLANS[3]))
+    slot = held.slot(keys(PLANS[0]))
+    slots = torch.full((len(H),), -1, dtype=torch.int32)
+    slots[0] = slot
+    out = edit_rows(H, slots, held.tables(0))
+    torch.testing.assert_close(out[0], H[0] + V[0])
+    assert torch.equal(out[1:], H[1:])
+
+
 def test_one_slot_per_combination_whatever_its_order() -> None:
     held = program()
     for plan in PLANS[:4]:

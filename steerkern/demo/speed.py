@@ -86,7 +86,7 @@ def speed_table(subject: Subject, speed: Speed) -> Table:
     if speed.backend == "reference":
         note += " The native kernels do not run here and this is plain torch: steerkern doctor says why."
     if speed.agreement["steerkern"] != "yes" and subject.dtype != "float32":
-        note += f" In {subject.dtype} the hook rounds direction and projection, the kernel sums in float32: tokens may part."
+        note += f" The hook rounds its projection to {subject.dtype}, the kernel sums in float32: tokens may part."
     return Table("speed", "Decoding speed", columns, tuple(rows), note)
 
 

@@ -204,8 +204,8 @@ class Session:
         """The coordinates that the probes of a plan read in the last request.
 
         Returns:
-            per site ``[B, tokens, k]`` float32 on the CPU, one column per probed direction, in residual units; NaN at
-            tokens outside the plan's scope.
+            per site ``[B, tokens, k]`` float32 on the CPU, one column per probed direction, in residual units: the tokens
+            of every forward in which some row was read, NaN at tokens outside the plan's scope.
 
         Raises:
             PlanError: no such plan, or it has no probe.

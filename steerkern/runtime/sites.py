@@ -77,6 +77,10 @@ def examine(model: nn.Module, *, shortcut: bool = True) -> Anatomy:
     config: Any = model.config
     width = int(text_config(model).hidden_size)
     watch = _watch(decoder, blocks, width, modules, shortcut)
+    seen: dict[nn.Module, int] = {}
+    for i, block in enumerate(blocks):
+        if seen.setdefault(block, i) != i:
+            raise PlanError(f"blocks {seen[block]} and {i} of {type(decoder).__name__} are one module")
     if [passage.block for passage in watch.passages] != list(blocks):
         raise PlanError(f"the blocks of {type(decoder).__name__} were not called once each, in order")
     specs = recognise_all(watch.norms)

@@ -72,8 +72,10 @@ def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.exp2(magnitude.double().clamp(min=info.smallest_normal).log2().floor()) * info.eps
 
 
-def assert_close(got: Tensor, own: Tensor, exact: Tensor, dtype: torch.dtype, arrived: Tensor | None = None) -> None:
-    """Largest error of each row against ``exact``: at most twice that of torch (``own``) plus one ulp of ``dtype``.
+def assert_close(
+    got: Tensor, own: Tensor, exact: Tensor, dtype: torch.dtype, arrived: Tensor | None = None, ulps: int = 1
+) -> None:
+    """Largest error of each row against ``exact``: at most twice that of torch (``own``) plus ``ulps`` of ``dtype``.
 
     Twice, because another order of summation has another error of the same size; the ulp, because a value may lie at a
     rounding boundary. Where a projection of the rows ``arrived`` is part of the result, its terms may cancel: one
@@ -83,7 +85,7 @@ def assert_close(got: Tensor, own: Tensor, exact: Tensor, dtype: torch.dtype, ar
         assert got.shape == exact.shape
         return
     error = (got.double() - exact).abs().amax(-1)
-    limit = 2 * (own.double() - exact).abs().amax(-1) + ulp(exact.abs().amax(-1), dtype)
+    limit = 2 * (own.double() - exact).abs().amax(-1) + ulps * ulp(exact.abs().amax(-1), dtype)
     if arrived is not None:
         limit += ulp(arrived.double().norm(dim=-1), torch.float32)
     worst = int((error - limit).argmax())

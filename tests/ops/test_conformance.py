@@ -106,7 +106,10 @@ def assert_normalised(y: Tensor | None, h: Tensor, weight: Tensor | None, bias: 
     assert y is not None
     assert y.dtype == h.dtype
     exact = oracle.normalise(h, weight, bias, 1e-6, norm)
-    oracle.assert_close(y, reference.normalise(h, weight, bias, 1e-6, norm), exact, h.dtype)
+    # LayerNorm ends in seven float32 roundings (divide, root, inverse, subtract, scale, weight, bias) of half an ulp
+    # each, of which torch contracts some to FMAs
+    ulps = 4 if norm == Norm.LAYER and h.dtype == torch.float32 else 1
+    oracle.assert_close(y, reference.normalise(h, weight, bias, 1e-6, norm), exact, h.dtype, ulps=ulps)
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["packed", "odd"])

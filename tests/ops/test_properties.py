@@ -94,15 +94,14 @@ def test_keep_norm_keeps_the_norm(backend: Runner, width: int, seed: int, size: 
     tables = pack([[Entry(units(1, width, seed)[0], alpha=size, flags=Flag.WRITE)]], modes=[1])
     h = rows(4, width, seed, dtype)
     got = backend.run(h, zeros(4), tables).h
-    # each element is rounded once: half an ulp relative, and the norm averages them
-    torch.testing.assert_close(
-        got.double().norm(dim=-1), h.double().norm(dim=-1), rtol=torch.finfo(dtype).eps, atol=1e-6
-    )
+    # each element is rounded once, by half an eps; the two norms and their ratio are float32 sums
+    rtol = torch.finfo(dtype).eps + 1e-6
+    torch.testing.assert_close(got.double().norm(dim=-1), h.double().norm(dim=-1), rtol=rtol, atol=1e-6)
 
 
 @steady
-@given(kind=st.sampled_from(sorted(KINDS)), seed=seeds, scale=st.floats(-2, 2))
-def test_gain_zero_is_no_edit(backend: Runner, kind: str, seed: int, scale: float) -> None:
+@given(kind=st.sampled_from(sorted(KINDS)), seed=seeds)
+def test_gain_zero_is_no_edit(backend: Runner, kind: str, seed: int) -> None:
     tables = program(kind, 40)
     tables.links[3] |= Flag.GAINED
     tables.gain.zero_()
