@@ -49,8 +49,10 @@ class Session:
         self._rows = RowMap(self._program)
         self._calls = DecoderCalls(anatomy.decoder, self._rows, self._edits_input())
         parts = [*self._make_points(fuse), (anatomy.decoder, "call", self._calls)]
-        if hasattr(anatomy.model, "generate"):
-            parts.append((anatomy.model, "generate", GenerateCalls(self._calls)))
+        # a wrapper may only pass the attribute on
+        generating = next((m for m in anatomy.model.modules() if hasattr(type(m), "generate")), None)
+        if generating is not None:
+            parts.append((generating, "generate", GenerateCalls(self._calls)))
         self._points = [point for _, _, point in parts if isinstance(point, Point) and point.number is not None]
         self._watch_probes()
         self._attached: list[Part] = []
