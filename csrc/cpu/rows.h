@@ -162,12 +162,17 @@ float edit(const Call& call, T* h, int32_t slot, float* trace, float square) {
   return lift<Lift::kRescale>(h, v, packed, terms, call.width, after > 0.0f ? norm / after : 1.0f);
 }
 
-// Calls f(h, weight, bias, y) for each thirty-two elements; the last call works on zero-padded copies.
+// Calls f(h, weight, bias, y) for each thirty-two elements; the last call works on zero-padded copies. Meanwhile the
+// row `next` elements away is fetched: the hardware stops at page borders, and 2048 rows take a fifth less time.
 template <class T, class F>
-STEER_FN void map_pairs(const T* h, const T* weight, const T* bias, T* y, int64_t width, F f) {
+STEER_FN void map_pairs(const T* h, const T* weight, const T* bias, T* y, int64_t width, int64_t next, F f) {
   constexpr int kStep = 2 * kLanes;
   int64_t j = 0;
-  for (; j + kStep <= width; j += kStep) f(h + j, weight ? weight + j : weight, bias ? bias + j : bias, y + j);
+  for (; j + kStep <= width; j += kStep) {
+    for (int line = 0; line < kStep * int(sizeof(T)); line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(h + j + next) + line);
+    f(h + j, weight ? weight + j : weight, bias ? bias + j : bias, y + j);
+  }
   if (const int64_t left = width - j) {
     using Rest = Tail<T, kStep>;
     const Rest x(h + j, left), w(weight ? weight + j : h, left), b(bias ? bias + j : h, left);
@@ -179,8 +184,8 @@ STEER_FN void map_pairs(const T* h, const T* weight, const T* bias, T* y, int64_
 
 // y = round(h * scale * weight) in the convention of `norm`; the reference fixes where it rounds.
 template <Norm norm, class T>
-void scale_row(const T* h, const T* weight, T* y, int64_t width, float scale) {
-  map_pairs(h, weight, weight, y, width, [&](const T* h, const T* w, const T*, T* y) STEER_LAMBDA {
+void scale_row(const T* h, const T* weight, T* y, int64_t width, int64_t next, float scale) {
+  map_pairs(h, weight, weight, y, width, next, [&](const T* h, const T* w, const T*, T* y) STEER_LAMBDA {
     const Pair x = load_pair(h);
     Lanes one = x.one * fill(scale), two = x.two * fill(scale);
     if (norm != Norm::kNone) {
@@ -194,7 +199,7 @@ void scale_row(const T* h, const T* weight, T* y, int64_t width, float scale) {
 }
 
 template <class T>
-void layer_norm(const T* h, const T* weight, const T* bias, T* y, int64_t width, float eps) {
+void layer_norm(const T* h, const T* weight, const T* bias, T* y, int64_t width, int64_t next, float eps) {
   Lanes sums[kSums] = {}, squares[kSums] = {};
   sweep(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA { sums[g] = sums[g] + load(h + j, extent); });
   const float mean = total(sums) / float(width);
@@ -205,7 +210,7 @@ void layer_norm(const T* h, const T* weight, const T* bias, T* y, int64_t width,
     squares[g] = squares[g] + x * x;
   });
   const float scale = 1.0f / __builtin_sqrtf(total(squares) / float(width) + eps);
-  map_pairs(h, weight, bias, y, width, [&](const T* h, const T* w, const T* b, T* y) STEER_LAMBDA {
+  map_pairs(h, weight, bias, y, width, next, [&](const T* h, const T* w, const T* b, T* y) STEER_LAMBDA {
     const Pair x = load_pair(h);
     Lanes one = (x.one - fill(mean)) * fill(scale), two = (x.two - fill(mean)) * fill(scale);
     if (w) {
@@ -221,16 +226,16 @@ void layer_norm(const T* h, const T* weight, const T* bias, T* y, int64_t width,
 }
 
 template <class T>
-void normalise(const Call& call, const T* h, T* y, float square) {
+void normalise(const Call& call, const T* h, T* y, int64_t next, float square) {
   const T* weight = static_cast<const T*>(call.weight);
   if (call.norm == Norm::kLayer)
-    return layer_norm(h, weight, static_cast<const T*>(call.bias), y, call.width, call.eps);
+    return layer_norm(h, weight, static_cast<const T*>(call.bias), y, call.width, next, call.eps);
   if (square == kUnknown) square = square_norm(h, call.width);
   const float scale = 1.0f / __builtin_sqrtf(square / float(call.width) + call.eps);
-  if (!weight) return scale_row<Norm::kNone>(h, weight, y, call.width, scale);
-  if (call.norm == Norm::kLlama) return scale_row<Norm::kLlama>(h, weight, y, call.width, scale);
-  if (call.norm == Norm::kGemma) return scale_row<Norm::kGemma>(h, weight, y, call.width, scale);
-  scale_row<Norm::kFp32>(h, weight, y, call.width, scale);
+  if (!weight) return scale_row<Norm::kNone>(h, weight, y, call.width, next, scale);
+  if (call.norm == Norm::kLlama) return scale_row<Norm::kLlama>(h, weight, y, call.width, next, scale);
+  if (call.norm == Norm::kGemma) return scale_row<Norm::kGemma>(h, weight, y, call.width, next, scale);
+  scale_row<Norm::kFp32>(h, weight, y, call.width, next, scale);
 }
 
 template <class T>
@@ -241,7 +246,8 @@ void run_rows(const Call& call, int64_t begin, int64_t end) {
     if (call.delta) square = add(h, static_cast<const T*>(call.delta) + i * call.delta_stride, call.width);
     if (call.slot && call.slot[i] >= 0)
       square = edit(call, h, call.slot[i], call.trace ? call.trace + i * call.trace_columns : nullptr, square);
-    if (call.norm != Norm::kNone) normalise(call, h, static_cast<T*>(call.y) + i * call.width, square);
+    const int64_t next = i + 1 < end ? call.h_stride : 0;
+    if (call.norm != Norm::kNone) normalise(call, h, static_cast<T*>(call.y) + i * call.width, next, square);
   }
 }
 

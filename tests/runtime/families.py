@@ -122,11 +122,13 @@ ZAMBA = {
     **MAMBA, "mamba_ngroups": 1, "n_mamba_heads": 4, "chunk_size": 4, "layers_block_type": ["mamba", "hybrid", "mamba"],
     "hybrid_layer_ids": [1], "use_mem_eff_path": False, "num_key_value_heads": 4,
 }  # fmt: skip
-DBRX = {
+DBRX: dict[str, Any] = {
     "d_model": WIDTH, "n_layers": 3, "n_heads": 4, "max_seq_len": 64,
     "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-    "ffn_config": {"ffn_hidden_size": 48, "hidden_size": WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
+    "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
 }  # fmt: skip
+if transformers.__version__ >= "5":
+    DBRX["ffn_config"] = {**DBRX["ffn_config"], "hidden_size": WIDTH}
 # as many vision blocks as language blocks: the number does not tell them apart
 SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
           "image_size": 16, "patch_size": 8}  # fmt: skip
