@@ -75,7 +75,8 @@ class Steer {
 PyObject* call_steer(PyObject* self, PyObject* arguments, PyObject* keywords) {
   constexpr int kCount = 8;
   if (keywords || PyTuple_GET_SIZE(arguments) != kCount) {
-    PyErr_SetString(PyExc_TypeError, "Steer takes eight positional integers: n, h, h_stride, slot, weight, bias, y, threads");
+    PyErr_SetString(PyExc_TypeError,
+                    "Steer takes eight positional integers: n, h, h_stride, slot, weight, bias, y, threads");
     return nullptr;
   }
   int64_t value[kCount];
@@ -90,8 +91,7 @@ PyObject* call_steer(PyObject* self, PyObject* arguments, PyObject* keywords) {
     PyErr_SetString(PyExc_TypeError, "Steer.__init__ was not called");
     return nullptr;
   }
-  return PyLong_FromLongLong(
-      steer->full(n, h, h_stride, slot, weight, bias, y, 0, 0, 0, 0, int(threads)));
+  return PyLong_FromLongLong(steer->full(n, h, h_stride, slot, weight, bias, y, 0, 0, 0, 0, int(threads)));
 }
 
 void set_isa(const std::string& name) {
@@ -112,7 +112,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int64_t, int, int, float>(), py::arg("width"), py::arg("dtype"), py::arg("norm"), py::arg("eps"))
       .def("bind", &Steer::bind, py::arg("bank"), py::arg("rows"), py::arg("links"), py::arg("fields"),
            py::arg("entries"), py::arg("span"), py::arg("slots"), py::arg("gain"),
-           py::arg("owner") = py::none())
+           py::arg("owner"))
       .def("full", &Steer::full, py::arg("n"), py::arg("h"), py::arg("h_stride"), py::arg("slot"), py::arg("weight"),
            py::arg("bias"), py::arg("y"), py::arg("delta"), py::arg("delta_stride"), py::arg("trace"),
            py::arg("trace_columns"), py::arg("threads"));

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Builds the extension for ASan and UBSan in a scratch copy and runs the op tests on it: sh csrc/sanitize.sh [PYTHON]
+# Builds the extension for ASan and UBSan in a scratch copy and runs the op tests on it: sh csrc/sanitize.sh [PYTHON [PYTEST ARGUMENTS]]
 set -e
 python=${1:-python}
+shift || true
 root=$(cd "$(dirname "$0")/.." && pwd)
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
@@ -13,4 +14,4 @@ cd "$copy"
 STEERKERN_BUILD=cpu STEERKERN_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace
 # torch leaks by design; libstdc++ must be loaded before torch for the sanitizer to see its exceptions
 export ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so.6)"
-"$python" -m pytest tests/ops -q -p no:cacheprovider -k "not compiled and not opcheck"
+"$python" -m pytest tests/ops -q -p no:cacheprovider -k "not compiled and not opcheck" "$@"

@@ -8,7 +8,8 @@
 
 namespace steerkern::cpu {
 
-// Runs a call. Returns -1, or the first row whose slot, span or links reach outside the tables; then nothing was written.
+// Runs a call. Returns -1, or the first row whose slot, span or links reach outside the tables; then nothing was
+// written.
 int64_t steer(const Call& call, Dtype dtype, int threads);
 
 // Threads that a call of this size is worth.

@@ -52,14 +52,14 @@ def edit_rows(
         columns = min(entries, trace.shape[1])
         trace[:, :columns] = torch.where(read[:, :columns], a[:, :columns].detach().float(), trace[:, :columns])
 
-    mate = a.gather(1, link[Link.MATE].clamp(min=0).long())
+    mate = a.gather(1, link[Link.MATE].clamp(0, entries - 1).long())
     moved = value[Field.ALPHA] - value[Field.BETA] * a
     bounded = torch.minimum(torch.maximum(moved, value[Field.LO] - a), value[Field.HI] - a)
     radius = _root(a * a + mate * mate)
     d = torch.where(has(flags, Flag.PAIR), value[Field.ALPHA] * radius - a, bounded)
 
     norm = _root(row.square().sum(-1, keepdim=True))
-    condition = a.gather(1, link[Link.GATE].clamp(min=0).long())
+    condition = a.gather(1, link[Link.GATE].clamp(0, entries - 1).long())
     cosine = torch.where(norm > 0, condition / torch.where(norm > 0, norm, 1.0), 0.0)
     condition = torch.where(has(flags, Flag.COSINE), cosine, condition)
     inside = (value[Field.GATE_LO] <= condition) & (condition <= value[Field.GATE_HI])

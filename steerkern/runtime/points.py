@@ -151,8 +151,9 @@ class NormPoint(Point):
             return self._traced(state)
         parameters = self._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        # a weight cast since then would be read past its end
-        if not state.is_contiguous() or (weight is not None and weight.dtype is not self.dtype):
+        # a weight cast since then would be read past its end; without a weight nothing fixes the width
+        fits = state.shape[-1] == self.width if weight is None else weight.dtype is self.dtype
+        if not fits or not state.is_contiguous():
             return self._slow(state)
         slot, count = 0, state.numel() // self.width
         if self.tables is not None:

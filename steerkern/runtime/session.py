@@ -178,7 +178,8 @@ class Session:
 
     def _edits_input(self) -> bool:
         first = [n for n, site in enumerate(self._program.sites) if site == (0, "resid_pre")]
-        return any(first[0] in self._program.reach(step) for plan in self._program.plans for step in plan.steps)
+        steps = [step for plan in self._program.plans for step in plan.steps]
+        return any(number in self._program.reach(step) for number in first for step in steps)
 
     def _hold(self, plan: Plan) -> None:
         _check_plan(plan)

@@ -9,6 +9,7 @@ the same edit, on its own, at the block's door.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..errors import PlanError
 from ..program import Site
 from .decoder import block_input, block_output, find_decoder, text_config
 from .norms import NormSpec, recognise_all
-from .watch import PROBE, Read, Watch
+from .watch import PROBE, Passage, Read, Watch
 
 __all__ = ["Anatomy", "FoundSite", "block_input", "block_output", "examine", "find_decoder", "text_config"]
 
@@ -77,22 +78,16 @@ def examine(model: nn.Module, *, shortcut: bool = True) -> Anatomy:
     config: Any = model.config
     width = int(text_config(model).hidden_size)
     watch = _watch(decoder, blocks, width, modules, shortcut)
-    seen: dict[nn.Module, int] = {}
-    for i, block in enumerate(blocks):
-        if seen.setdefault(block, i) != i:
-            raise PlanError(f"blocks {seen[block]} and {i} of {type(decoder).__name__} are one module")
-    if [passage.block for passage in watch.passages] != list(blocks):
-        raise PlanError(f"the blocks of {type(decoder).__name__} were not called once each, in order")
+    _check_order(type(decoder).__name__, list(blocks), watch.passages)
     specs = recognise_all(watch.norms)
     report = _Report(watch, specs)
-    sites = [report.pre(i) for i in range(len(blocks))]
-    sites += [site for i in range(len(blocks)) if (site := report.mid(i)) is not None]
-    sites.append(report.last())
+    every = range(len(blocks))
+    found = [*map(report.pre, every), *map(report.mid, every), report.last()]
     return Anatomy(
         model,
         decoder,
         tuple(blocks),
-        tuple(sites),
+        tuple(site for site in found if site is not None),
         tuple(specs.values()),
         Fingerprint(str(config.model_type), width, len(blocks)),
         device,
@@ -116,6 +111,18 @@ def _watch(decoder: nn.Module, blocks: nn.ModuleList, width: int, modules: list[
     return watch
 
 
+def _check_order(name: str, blocks: list[nn.Module], passages: list[Passage]) -> None:
+    for i, block in enumerate(blocks):
+        if (first := blocks.index(block)) != i:
+            raise PlanError(f"blocks {first} and {i} of {name} are one module")
+    if [passage.block for passage in passages] != blocks:
+        raise PlanError(f"the blocks of {name} were not called once each, in order")
+    for i, (one, following) in enumerate(itertools.pairwise(passages)):
+        # resid_post[i] and resid_pre[i + 1] must be one tensor
+        if one.left.untyped_storage().data_ptr() != following.entered.untyped_storage().data_ptr():
+            raise PlanError(f"{name} does not hand on to block {i + 1} what block {i} returns")
+
+
 def _device(modules: list[nn.Module], name: str) -> torch.device:
     devices = {p.device for module in modules for p in module._parameters.values() if p is not None}
     if len(devices) != 1:
@@ -134,8 +141,10 @@ class _Report:
     watch: Watch
     specs: dict[nn.Module, NormSpec]
 
-    def pre(self, i: int) -> FoundSite:
+    def pre(self, i: int) -> FoundSite | None:
         passage = self.watch.passages[i]
+        if passage.revisited:
+            return None  # an edit in place would be seen there too, which an edit of this block's input is not
         return self._site(Site(i, "resid_pre"), passage.block, passage.entered, passage.reads)
 
     def mid(self, i: int) -> FoundSite | None:

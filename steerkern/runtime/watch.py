@@ -4,8 +4,8 @@ Tensors are followed by their storage. A storage that an operation copied or com
 reads it then comes too late to edit it, because the copy would miss the edit.
 
 Attention, experts and the like cost most of a forward and touch no residual. What such a *part* of a block returns is
-recorded at its first call; later parts of the same name and class, in blocks of the same class, are not run: zeros
-stand in for them. Every block's own code runs, and a part that is handed the residual itself always runs.
+recorded at its first call; later parts of the same name, classes and sizes, in blocks of the same class, are not run:
+zeros stand in for them. Every block's own code runs, and a part that is handed the residual itself always runs.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class Passage:
     """Of the input with something added to it."""
     carried: set[int] = field(default_factory=set)
     """Storages that something was added to: the residual goes on in them, not in a norm's output."""
+    revisited: bool = False
+    """Whether an operation read the block's input again after the block."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Watch(TorchFunctionMode):
         self.norms: dict[nn.Module, Called] = {}
         """Every norm-like module that was called with one tensor."""
         self._passage: Passage | None = None  # the block being run
+        self._passed: dict[int, Passage] = {}  # blocks already run, by the storage of their input
         self._state: Tensor | None = None  # what entered it, or what the last one returned
         self._versions: dict[int, tuple[Tensor, int]] = {}  # storage of the state and of what is made from it
         self._scaled: set[int] = set()  # the state times something
@@ -113,6 +116,8 @@ class Watch(TorchFunctionMode):
 
     def _follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         given = _storages((*args, *kwargs.values()))
+        for storage in given & self._passed.keys():
+            self._passed[storage].revisited = True
         into = given & self._versions.keys()
         if not into:
             return
@@ -141,6 +146,7 @@ class Watch(TorchFunctionMode):
 
     def _start(self, state: Tensor) -> None:
         self._state = state
+        self._passed.pop(_storage(state), None)  # a block that writes its state in place
         self._versions = {_storage(state): (state, state._version)}
         self._scaled, self._sums, self._touched = set(), set(), set()
 
@@ -184,6 +190,7 @@ class Watch(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 passage.left = block_output(output)
                 self._passage = None
+                self._passed[_storage(passage.entered)] = passage
                 self._start(passage.left)
             return output
 
@@ -192,7 +199,7 @@ class Watch(TorchFunctionMode):
     def _part(self, part: nn.Module, place: tuple[type, str] | None) -> Callable[..., Any]:
         forward = part.forward
         norm_kind = kind(part) if norm_like(part) else None
-        key = None if place is None else (*place, norm_kind or type(part))
+        key = None if place is None else (*place, norm_kind or _make(part))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
@@ -270,6 +277,12 @@ def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((f"{name}.{inner}", part) for inner, part in _parts(child))
         elif child is not None:
             yield name, child
+
+
+def _make(module: nn.Module) -> tuple[Any, ...]:
+    """Classes and sizes: what parts must share for one to stand in for the other."""
+    own = [p.shape for p in module._parameters.values() if p is not None]
+    return (type(module), *own, *[_make(child) for child in module._modules.values() if child is not None])
 
 
 @contextlib.contextmanager

@@ -150,7 +150,7 @@ FAMILIES = [
     Family("gemma2", "Gemma2Config", WINDOW),
     Family("gemma3_text", "Gemma3TextConfig", WINDOW),
     Family("gemma3_text-bf16", "Gemma3TextConfig", WINDOW, dtype=HALF),
-    Family("gemma4_text", "Gemma4TextConfig", {**GEMMA, "global_head_dim": 8}, "FFFFF", "FFFF"),
+    Family("gemma4_text", "Gemma4TextConfig", {**GEMMA, "global_head_dim": 16}, "FFFFF", "FFFF"),
     Family("granite", "GraniteConfig", {"residual_multiplier": 0.5}),
     Family("glm", "GlmConfig"),
     Family("glm4", "Glm4Config"),

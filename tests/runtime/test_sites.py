@@ -480,6 +480,23 @@ def test_norms_inside_parts_that_are_not_run_again_are_found() -> None:
     assert found == {module for module in model.modules() if type(module).__name__ == "Qwen3RMSNorm"}
 
 
+def test_a_part_of_another_size_is_no_stand_in() -> None:
+    class Heads(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.into, self.out = nn.Linear(WIDTH, width), nn.Linear(width, WIDTH)
+            self.norm = nn.LayerNorm(width, elementwise_affine=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(self.into(x)))
+
+    model = Decoder()
+    for block, width in zip(model.layers, (4, 8), strict=True):
+        block.mix = Heads(width)
+    widths = {spec.module: spec.width for spec in examine(model).norms}
+    assert [widths[block.mix.norm] for block in model.layers] == [4, 8]
+
+
 def test_attention_runs_once_per_class_of_block() -> None:
     model = Decoder(block_of(Block.forward, mix=lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH))), layers=5)
     runs = []
@@ -527,6 +544,30 @@ def test_blocks_that_are_skipped_or_shared_raise() -> None:
     model.layers[1] = model.layers[0]
     with pytest.raises(sk.PlanError, match=r"blocks 0 and 1 of Decoder are one module"):
         examine(model)
+
+
+def test_a_decoder_that_changes_the_state_between_blocks_raises() -> None:
+    class Scales(Decoder):
+        def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+            h = self.embed(input_ids)
+            for block in self.layers:
+                h = 2.0 * block(h)
+            return self.norm(h)
+
+    with pytest.raises(sk.PlanError, match=r"Scales does not hand on to block 1 what block 0 returns"):
+        examine(Scales())
+
+
+def test_a_state_that_is_read_again_later_has_no_site() -> None:
+    class Remembers(Decoder):
+        def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+            first = self.layers[0](self.embed(input_ids))
+            return self.norm(self.layers[1](first) + first)
+
+    model = Remembers()
+    assert [f.site for f in examine(model).sites] == [(0, "resid_pre"), (1, "resid_post")]
+    with pytest.raises(sk.PlanError, match=r"resid_pre\[1\]: no such site"):
+        sk.steer(model, sk.Plan(sk.add(torch.ones(WIDTH))))
 
 
 def test_a_state_that_is_not_one_row_per_token_raises() -> None:
