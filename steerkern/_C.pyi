@@ -5,7 +5,16 @@ class Steer:
 
     def __init__(self, width: int, dtype: int, norm: int, eps: float) -> None: ...
     def bind(
-        self, bank: int, rows: int, links: int, fields: int, entries: int, span: int, slots: int, gain: int, owner: object
+        self,
+        bank: int,
+        rows: int,
+        links: int,
+        fields: int,
+        entries: int,
+        span: int,
+        slots: int,
+        gain: int,
+        owner: object,
     ) -> None:
         """Read these tables from now on; ``owner`` is kept alive with the kernel."""
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .artifacts import Fingerprint
-from .directions import Direction, check_layer, check_vector
+from .directions import Direction, Directions, check_layer, check_vector
 from .ops.schemas import MAX_ENTRIES
+from .vectors import UNIT_TOLERANCE, Vector, check_unit, finite, interval, orthonormal, stack_of, unit_rows
 
-Vector = Union[Tensor, Direction]
 Several = Union[Vector, Sequence[Vector]]
 Source = Union[Several, Mapping[int, Several]]
 """One vector or several (a tensor ``[k, H]`` is several) for every layer, or the same per layer: a mapping such as
@@ -40,42 +40,6 @@ _FIXED: dict[str, dict[str, float]] = {
 }
 KINDS = tuple(_FIXED)
 MAP = ("alpha", "beta", "lo", "hi")
-
-_UNIT = 1e-5
-"""A unit row rounded to float32 is off by less than 1e-6; this only finds rows that were never unit."""
-
-
-def finite(value: object, what: str, *, nonzero: bool = False) -> float:
-    """Return a number as float if float32, the dtype of the tables, holds it (and, if asked, not as 0).
-
-    Raises:
-        TypeError: not a number.
-        ValueError: NaN, Inf, beyond float32, or zero.
-    """
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError  # float would parse it
-        number = float(value)  # type: ignore[arg-type]
-    except OverflowError:
-        number = _INF
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{what} must be a number, got {reprlib.repr(value)}") from None
-    held = float(torch.tensor(number, dtype=torch.float32))
-    if not math.isfinite(held) or (nonzero and held == 0.0):
-        raise ValueError(f"{what} must be finite{' and not 0' if nonzero else ''} in float32, got {number}")
-    return number
-
-
-def interval(lo: object, hi: object, what: str) -> tuple[float, float]:
-    """``[lo, hi]``, open below (-inf) or above (inf) but not both; else ValueError."""
-    low = -_INF if lo == -_INF else finite(lo, f"lo of {what}")
-    high = _INF if hi == _INF else finite(hi, f"hi of {what}")
-    if low > high:
-        raise ValueError(f"{what} needs lo <= hi, got [{low}, {high}]")
-    if (low, high) == (-_INF, _INF):
-        raise ValueError(f"{what} needs lo or hi: the interval [-inf, inf] bounds nothing")
-    return low, high
-
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -120,7 +84,7 @@ class Gate:
         interval(self.lo, self.hi, "gate")
         if self.cosine and (self.lo > 1.0 or self.hi < -1.0 or (self.lo <= -1.0 and self.hi >= 1.0)):
             raise ValueError(f"a cosine lies in [-1, 1]: the gate [{self.lo}, {self.hi}] never opens or never closes")
-        _check_unit(check_vector(self.unit, "gate direction")[None], "gate direction")
+        check_unit(check_vector(self.unit, "gate direction")[None], "gate direction")
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +103,8 @@ class Edit:
     gate: Gate | None = None
     model: Fingerprint | None = None
     orthonormalised: bool = False
+    site: str | None = None
+    """Site of the :class:`Directions` that gave each layer its vector; a plan for another site refuses them."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -188,7 +154,7 @@ class Edit:
         if self.gate is not None:
             raise ValueError(f"{self.kind} has a gate already: an edit takes one")
         low, high = interval(lo, hi, "gate")
-        unit = _unit(_stack((condition,), "gate direction"))[0].float()
+        unit = unit_rows(stack_of((condition,), "gate direction"))[0].float()
         return replace(self, gate=Gate(unit, low, high, bool(cosine)), model=_model([self, condition], "gate and edit"))
 
 
@@ -277,18 +243,19 @@ def _edit(
     several = False
     for layer, vectors in given.items():
         where = kind if layer is None else f"{kind} at layer {layer}"
-        stack = _stack(vectors, f"{where}: vector")
+        stack = stack_of(vectors, f"{where}: vector")
         norms = stack.double().norm(dim=1)
         k = len(stack)
         several = k > 1
         if kind in ("ablate", "rotate") and several:
-            stack = _orthonormal(stack, where).float()
+            stack = orthonormal(stack, where).float()
         elif kind != "add":
-            stack = _unit(stack).float()
+            stack = unit_rows(stack).float()
         alphas = alpha if isinstance(alpha, tuple) else (alpha,) * k
         rows[layer] = Rows(stack, tuple(norms.tolist()), alphas, (beta,) * k, (lo,) * k, (hi,) * k)
     model = _model([v for vectors in given.values() for v in vectors], f"{kind} vectors")
-    return Edit(kind, rows, None, model, several and kind in ("ablate", "rotate"))
+    site = source.site if isinstance(source, Directions) else None
+    return Edit(kind, rows, None, model, several and kind in ("ablate", "rotate"), site)
 
 
 def _by_layer(source: Source, kind: str) -> dict[int | None, Sequence[Vector]]:
@@ -309,51 +276,12 @@ def _several(source: Several, what: str) -> Sequence[Vector]:
     raise TypeError(f"{what} takes tensors, Directions or a mapping of layers, got {type(source).__name__}")
 
 
-def _stack(vectors: Sequence[Vector], what: str) -> Tensor:
-    """``[k, H]`` float32, each vector checked."""
-    if not 1 <= len(vectors) <= MAX_ENTRIES:
-        raise ValueError(f"{what}s must be 1 to {MAX_ENTRIES}, got {len(vectors)}")
-    checked = [v.raw if isinstance(v, Direction) else check_vector(v, what) for v in vectors]
-    widths = {v.numel() for v in checked}
-    if len(widths) > 1:
-        raise ValueError(f"{what}s must have one width, got {sorted(widths)}")
-    return torch.stack(checked)
-
-
 def _model(parts: Sequence[Edit | Vector], what: str) -> Fingerprint | None:
     """The one model that the parts come from, where any says so."""
     models = {part.model for part in parts if not isinstance(part, Tensor)} - {None}
     if len(models) > 1:
         raise ValueError(f"{what} come from different models: {', '.join(sorted(map(str, models)))}")
     return models.pop() if models else None
-
-
-def _unit(stack: Tensor) -> Tensor:
-    """Rows of norm 1, in fp64."""
-    wide = stack.double()
-    norms: Tensor = wide.norm(dim=1, keepdim=True)
-    return wide / norms
-
-
-def _orthonormal(stack: Tensor, where: str) -> Tensor:
-    """Gram-Schmidt in fp64, twice, keeping the order; dependent vectors raise."""
-    basis: list[Tensor] = []
-    for i, vector in enumerate(_unit(stack)):
-        rest = vector
-        for _ in range(2):
-            for b in basis:
-                rest = rest - torch.dot(rest, b) * b
-        norm = float(rest.norm())
-        if norm < _UNIT:
-            raise ValueError(f"{where}: vector {i} lies in the span of the ones before it")
-        basis.append(rest / norm)
-    return torch.stack(basis)
-
-
-def _check_unit(stack: Tensor, what: str) -> None:
-    norms = stack.double().norm(dim=1)
-    if bool((norms - 1).abs().max() > _UNIT):
-        raise ValueError(f"{what} must have norm 1, got {norms.tolist()}")
 
 
 def _check_map(kind: str, rows: Rows, where: str) -> None:
@@ -366,13 +294,13 @@ def _check_map(kind: str, rows: Rows, where: str) -> None:
             interval(lo, hi, where)
     if kind == "add":
         return
-    _check_unit(rows.vectors, f"{where}: vectors")
+    check_unit(rows.vectors, f"{where}: vectors")
     if kind in ("ablate", "rotate"):
         wide = rows.vectors.double()
-        if bool((wide @ wide.T - torch.eye(len(wide), dtype=torch.float64)).abs().max() > _UNIT):
+        if bool((wide @ wide.T - torch.eye(len(wide), dtype=torch.float64)).abs().max() > UNIT_TOLERANCE):
             raise ValueError(f"{where} needs orthogonal vectors")
     if kind == "rotate":
         if len(rows.vectors) != 2:
             raise ValueError(f"{where} needs two vectors, got {len(rows.vectors)}")
-        if abs(math.hypot(*rows.alpha) - 1) > _UNIT:
+        if abs(math.hypot(*rows.alpha) - 1) > UNIT_TOLERANCE:
             raise ValueError(f"{where} needs the cosine and sine of an angle, got {rows.alpha}")

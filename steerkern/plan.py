@@ -19,11 +19,12 @@ from .artifacts import (
     take,
     write_folder,
 )
-from .edits import Edit, finite
+from .edits import Edit
 from .errors import ArtifactError, PlanError
 from .ops.schemas import MAX_ENTRIES
 from .plan_format import step_from_json, step_to_json
 from .steps import Layers, Scope, Step, describe, parse_layers, parse_scope
+from .vectors import finite
 
 
 class Plan:
@@ -83,7 +84,14 @@ class Plan:
             entries = sum(edit.entries for edit in step.edits)
             if entries > MAX_ENTRIES:
                 raise PlanError(f"plan {name!r} puts {entries} entries on one row, allowed are {MAX_ENTRIES}")
+            if step.layers is None and len({edit.layers for edit in step.edits}) > 1:
+                raise PlanError(f"plan {name!r} has edits with vectors for different layers: name the layers")
             for edit in step.edits:
+                if edit.site not in (None, step.site):
+                    raise PlanError(
+                        f"{edit.kind} has the directions of {edit.site}, plan {name!r} writes {step.site}; "
+                        "pass them as {layer: direction} to do that on purpose"
+                    )
                 missing = set() if edit.layers is None else set(step.layers or ()) - set(edit.layers)
                 if missing:
                     own = reprlib.repr(list(edit.layers or ()))

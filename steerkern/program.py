@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .edits import Edit, Rows, finite
+from .edits import Edit, Rows
 from .errors import PlanError
 from .ops.schemas import MAX_ENTRIES, Field, Flag, Link, Mode, Tables
 from .plan import Plan
 from .steps import Step
+from .vectors import finite
 
 
 class Site(NamedTuple):
@@ -125,18 +126,15 @@ class Program:
         """Numbers of the sites that a step writes.
 
         Raises:
-            PlanError: a layer or site that the model does not have, or edits without a layer in common.
+            PlanError: a layer or site that the model does not have.
         """
         return tuple(self._places(step))
 
     def _places(self, step: Step) -> dict[int, int]:
         """Site number -> layer as the plan counts it: ``resid_post[l]`` may stand at the site ``resid_pre[l + 1]``."""
         named: Iterable[int] | None = step.layers
-        if named is None:
-            own = [set(edit.layers) for edit in step.edits if edit.layers is not None]
-            named = sorted(set.intersection(*own)) if own else range(self._layers)
-            if not named:
-                raise PlanError("the edits of one step have no layer in common")
+        if named is None:  # the edits of a step agree about their layers
+            named = step.edits[0].layers or range(self._layers)
         return {self._number(layer, step.site): layer for layer in named}
 
     def _number(self, layer: int, name: str) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, Union
 
 from .directions import check_layer, check_site
-from .edits import Edit, finite
+from .edits import Edit
+from .vectors import finite
 
 Layers = Union[Literal["all"], int, Iterable[int]]
 

@@ -160,7 +160,7 @@ def test_scopes(scope: object, tokens: Tokens) -> None:
 MODEL = Fingerprint("llama", WIDTH, LAYERS)
 EDITS: dict[str, Edit] = {
     "add": add(V[0] * 1e-20, 1e20),
-    "add per layer": add(Directions.of({1: V[1], 2: V[2]}, model=MODEL), -0.1),
+    "add per layer": add(dict(Directions.of({1: V[1], 2: V[2]}, model=MODEL)), -0.1),
     "ablate": ablate(V[0]),
     "ablate rank 3": ablate(V[:3], 0.3),
     "clamp": clamp(V[0], -1.25),
@@ -361,3 +361,18 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_changes(
         assert torch.equal(logits(model), held)
     assert torch.equal(logits(model), before)
     assert not torch.equal(held, before)
+
+
+def test_edits_with_vectors_for_different_layers_need_named_layers() -> None:
+    edits = [sk.ablate(torch.ones(4)), sk.add({1: torch.ones(4), 2: torch.ones(4)})]
+    with pytest.raises(sk.PlanError, match="edits with vectors for different layers: name the layers$"):
+        sk.Plan(edits)
+    assert sk.Plan(edits, layers=[2]).steps[0].layers == (2,)
+
+
+def test_directions_of_another_site_are_off_by_one_layer_and_refused() -> None:
+    directions = sk.Directions.of({1: torch.ones(4)}, site="resid_post")
+    with pytest.raises(sk.PlanError, match="add has the directions of resid_post, plan 'plan' writes resid_pre"):
+        sk.Plan(sk.add(directions))
+    sk.Plan(sk.add(directions), site="resid_post")
+    sk.Plan(sk.add(dict(directions)))  # on purpose

@@ -1,7 +1,7 @@
 """The row map inside a compiled graph.
 
-Python that sets the row map would be traced away, so a compiled forward calls one opaque op instead, which runs the same
-Python on the real tensors of each call. It must not be captured into a CUDA graph: the map is host work.
+Python that sets the row map would be traced away, so a compiled forward calls one opaque op instead, which runs the
+same Python on the real tensors of each call. It must not be captured into a CUDA graph: the map is host work.
 """
 
 from __future__ import annotations

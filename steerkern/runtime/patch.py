@@ -1,7 +1,7 @@
 """Put handlers into a module and take them out again.
 
-An attached module gets a subclass of its own class, made here, and a list of handlers in its ``__dict__``; when the last
-handler leaves, both are gone and the module is what it was. Instances are changed, classes never are. A class that
+An attached module gets a subclass of its own class, made here, and a list of handlers in its ``__dict__``; when the
+last handler leaves, both are gone and the module is what it was. Instances are changed, classes never are. A class that
 differs is also what ``torch.compile`` guards on: a graph traced without steering is not reused with it, which forward
 hooks do not ensure.
 """
@@ -66,6 +66,11 @@ def detach(module: nn.Module, kind: str, handler: Any) -> None:
         module.__class__ = _steered(stock_class(type(module)), kinds) if kinds else stock_class(type(module))
 
 
+def occupied(module: nn.Module, kind: str) -> bool:
+    """Whether a module has a handler of ``kind``."""
+    return _slot(kind) in module.__dict__
+
+
 @contextlib.contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """``model`` as it is without any handler, for as long as the context lasts."""
@@ -83,7 +88,7 @@ def _slot(kind: str) -> str:
     return f"_steerkern_{kind}"
 
 
-def stock_class(cls: type) -> type:
+def stock_class(cls: type) -> Any:
     """The class that a steered module has without its handlers."""
     return getattr(cls, "_steerkern_base", cls)
 

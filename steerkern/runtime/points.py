@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,7 +114,9 @@ class Point:
         if self.readings is not None:
             raise PlanError("probes are read in eager forwards only; this one is being compiled")
         if self.streams != "none":
-            raise PlanError("a state with several streams is steered in eager forwards only; this one is being compiled")
+            raise PlanError(
+                "a state with several streams is steered in eager forwards only; this one is being compiled"
+            )
         flat = state.reshape(-1, self.width)
         slot = self.rows.slot[: flat.shape[0]]
         if torch.is_grad_enabled() and state.requires_grad:
@@ -138,7 +141,7 @@ class NormPoint(Point):
         self.width = spec.width
         self.dtype: torch.dtype | None = None
         self._parameters = spec.module._parameters
-        self._forward = stock_class(type(spec.module)).forward
+        self._forward: Callable[[Any, Tensor], Tensor] = stock_class(type(spec.module)).forward
         if self.native and spec.dtype in cpu.DTYPE_CODES:
             self.dtype = spec.dtype
             self._kernel = cpu.bind(self.tables, self.width, self.dtype, spec.norm, spec.eps)
@@ -184,7 +187,7 @@ class NormPoint(Point):
             return self._slow(state)
         slot = self.rows.slot[: flat.shape[0]]
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        out = torch.ops.steerkern.steer_norm_(flat, slot, *tables, weight, bias, spec.eps, int(spec.norm))
+        out: Tensor = torch.ops.steerkern.steer_norm_(flat, slot, *tables, weight, bias, spec.eps, int(spec.norm))
         return out.view_as(state)
 
 

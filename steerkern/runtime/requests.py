@@ -17,8 +17,8 @@ from .rows import Prompts, RowMap
 class DecoderCalls:
     """Sets the row map before each forward of a decoder.
 
-    Inside ``generate`` (or :meth:`open`) the prompts are known. Outside, a forward without cached tokens starts a request
-    and all its tokens are the prompt; one after cached tokens continues the request of that cache.
+    Inside ``generate`` (or :meth:`open`) the prompts are known. Outside, a forward without cached tokens starts a
+    request and all its tokens are the prompt; one after cached tokens continues the request of that cache.
     """
 
     def __init__(self, decoder: nn.Module, rows: RowMap, edits_input: bool) -> None:
@@ -77,8 +77,8 @@ class DecoderCalls:
         rows = self.rows
         if batch * tokens > rows.slot.numel():
             raise PlanError(
-                f"a compiled forward of {batch * tokens} rows, the row map holds {rows.slot.numel()}; run one such forward "
-                "eagerly first, then compile"
+                f"a compiled forward of {batch * tokens} rows, the row map holds {rows.slot.numel()}; "
+                "run one such forward eagerly first, then compile"
             )
         self.compiled = True
         self._advance(batch, tokens, past, mask, None)
@@ -114,7 +114,7 @@ class GenerateCalls:
         self.calls = calls
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Open the request: prompt lengths and padding come from the mask, or from the pad token as ``generate`` does it."""
+        """Open the request: lengths and padding come from the mask, or from the pad token as ``generate`` does it."""
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         embeds = kwargs.get("inputs_embeds")
         state = ids if ids is not None and ids.shape[-1] else embeds

@@ -14,7 +14,7 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, Site, needs
-from .patch import attach, detach, suspended
+from .patch import attach, detach, occupied, suspended
 from .points import DoorPoint, NormPoint, Point
 from .readings import Readings
 from .receipt import PlanReceipt, Receipt
@@ -37,7 +37,13 @@ class Session:
     """
 
     def __init__(
-        self, anatomy: Anatomy, plans: Sequence[Plan], backend: str, fuse: Fuse, silent: Silent, capacity: Capacity | None
+        self,
+        anatomy: Anatomy,
+        plans: Sequence[Plan],
+        backend: str,
+        fuse: Fuse,
+        silent: Silent,
+        capacity: Capacity | None,
     ) -> None:
         self.anatomy = anatomy
         self.backend = backend
@@ -64,7 +70,8 @@ class Session:
         steered: dict[nn.Module, int] = {}
         parts: list[Part] = []
         for number, found in enumerate(self.anatomy.sites):
-            if found.fused is not None and fuse != "none":
+            # a door comes before its norm: where an earlier session stands in the norm, this one must follow it there
+            if found.fused is not None and (fuse != "none" or occupied(found.fused.module, "norm")):
                 steered[found.fused.module] = number
             else:
                 door = DoorPoint(found, self._program, self._rows, number, self.backend)
@@ -97,7 +104,9 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
         if kind is None and self._silent != "ignore":
             self._complain()
@@ -119,7 +128,7 @@ class Session:
         ``session.rows(["open", None, ("open", "calm")])``; ``session.rows(None)`` gives every row every plan again.
 
         Raises:
-            PlanError: a plan that this session does not hold. Another number of rows than prompts raises when they come.
+            PlanError: a plan that this session does not hold. A count unlike the batch raises when that comes.
         """
         if plans is None:
             self._rows.assign(None)
@@ -132,7 +141,7 @@ class Session:
         """Hold one more plan, from the next forward on.
 
         Raises:
-            PlanError: the plan does not fit the model, its name is taken, or the tables are full; nothing has changed then.
+            PlanError: the plan does not fit the model, its name is taken, or the tables are full; nothing changed then.
         """
         self._hold(plan)
         self._rows.forget()
@@ -207,8 +216,8 @@ class Session:
         """The coordinates that the probes of a plan read in the last request.
 
         Returns:
-            per site ``[B, tokens, k]`` float32 on the CPU, one column per probed direction, in residual units: the tokens
-            of every forward in which some row was read, NaN at tokens outside the plan's scope.
+            per site ``[B, tokens, k]`` float32 on the CPU, one column per probed direction, in residual units: the
+            tokens of every forward in which some row was read, NaN at tokens outside the plan's scope.
 
         Raises:
             PlanError: no such plan, or it has no probe.
@@ -257,10 +266,11 @@ def steer(
     Args:
         model: a transformers decoder-only model; its class and parameters stay untouched.
         plans: what to do; see :class:`Plan`.
-        backend: ``cpu`` or ``reference``; None takes the fastest that runs here. A backend asked for by name works or raises.
-        fuse: ``all`` replaces every norm of the decoder that the kernel can stand in for, steered or not; ``sites`` only
-            the steered sites; ``none`` edits at the blocks' doors and leaves every norm stock.
-        silent: what leaving the ``with`` block does about a plan that wrote no token: ``error``, ``warn`` or ``ignore``.
+        backend: ``cpu`` or ``reference``, which works or raises; None takes the fastest that runs here.
+        fuse: ``all`` replaces every norm of the decoder that the kernel can stand in for, steered or not; ``sites``
+            only the steered sites; ``none`` edits at the blocks' doors and leaves every norm stock
+            that no earlier session stands in.
+        silent: what leaving the ``with`` block does about a plan that wrote no token: ``error``, ``warn``, ``ignore``.
         capacity: table sizes; by default four times what ``plans`` need.
 
     Raises:

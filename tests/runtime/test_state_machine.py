@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
@@ -418,6 +418,34 @@ Steering.TestCase.settings = settings(
     stateful_step_count=25,
     deadline=None,
     derandomize=True,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),  # explaining a failure takes minutes more
     suppress_health_check=list(HealthCheck),
 )
 TestSteering = Steering.TestCase
+
+
+@pytest.mark.parametrize("first", ["all", "sites", "none"])
+@pytest.mark.parametrize("second", ["all", "sites", "none"])
+@pytest.mark.parametrize("place", ["second", "middle", "end"])
+def test_a_later_session_at_the_doors_does_not_overtake_an_earlier_one_in_the_norms(
+    first: str, second: str, place: str
+) -> None:
+    subject = subjects()[0]
+    live = [
+        Live(subject, sk.steer(subject.model, recipe.plan(subject.anatomy), fuse=fuse), fuse, {recipe.name: recipe})
+        for recipe, fuse in (
+            (Recipe("cut", "ablate", 0, (place,), "all"), first),
+            (Recipe("push", "add", 0, (place,), "all"), second),
+        )
+    ]
+    try:
+        results = []
+        for order in (live, live[::-1]):
+            with plain_hooks(subject, order) as reference:
+                results.append(logits(reference, IDS)[MASK == 1])
+        assert float((results[0] - results[1]).abs().max()) > 20 * TOLERANCE
+        same(logits(subject.model, IDS)[MASK == 1], results[0])
+    finally:
+        for one in live:
+            one.session.detach()
+    assert traces(subject.model) == subject.before
