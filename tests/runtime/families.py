@@ -36,8 +36,9 @@ BASE: dict[str, Any] = {
 class Family:
     """One family: its config class, what differs from :data:`BASE`, and what must be found in it.
 
-    ``fused`` has one letter per site, ``resid_pre`` of every block and then ``resid_post`` of the last: ``F`` fused into
-    a norm, ``d`` edited at the block's door. ``mid`` has one per block: ``F`` fused, ``-`` no such site.
+    ``fused`` has one letter per site, ``resid_pre`` of every block and then ``resid_post`` of the last: ``F`` fused
+    into a norm, ``d`` edited at the block's door. ``mid`` has one per block: ``F``, ``d`` (at its norm's door) or ``-``
+    (no such site).
     """
 
     name: str
@@ -104,10 +105,11 @@ STREAMS = {
     "intermediate_size": [48] * 4,
 }  # fmt: skip
 HYPER = {
-    **MOE, "n_routed_experts": 4, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 8,
-    "index_topk": 4, "sliding_window": 8, "num_key_value_heads": 1, "hc_mult": 2, "partial_rotary_factor": 0.5,
+    **MOE, "n_routed_experts": 4, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2, "index_n_heads": 2,
+    "index_head_dim": 8, "index_topk": 4, "sliding_window": 8, "num_key_value_heads": 1, "hc_mult": 2, "partial_rotary_factor": 0.5,
 }  # fmt: skip
 GPT2 = {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48}
+ALIBI = {"alibi": True, "parallel_attn": False, "multi_query": False}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": WIDTH}
 RECURRENT = {"lru_width": WIDTH, "attention_window_size": 16, "block_types": ["recurrent", "recurrent", "attention"]}
 JAMBA = {
@@ -118,6 +120,10 @@ NEMOTRON = {
     "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 4,
     "layers_block_type": ["mamba", "attention", "mlp"],
 }  # fmt: skip
+GRANITE = {**MOE, **MAMBA, "shared_intermediate_size": 16, "layer_types": ["mamba", "attention", "mamba"]}
+LFM2 = {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}
+MAMBA2 = {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 4}
+NEO = {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "global"], 1]]}
 ZAMBA = {
     **MAMBA, "mamba_ngroups": 1, "n_mamba_heads": 4, "chunk_size": 4, "layers_block_type": ["mamba", "hybrid", "mamba"],
     "hybrid_layer_ids": [1], "use_mem_eff_path": False, "num_key_value_heads": 4,
@@ -135,6 +141,9 @@ SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "n
 LLAVA = {"text_config": {"model_type": "llama"}, "vision_config": {**SIGLIP, "model_type": "clip_vision_model"}}
 GEMMA3 = {"text_config": MIXED, "vision_config": SIGLIP, "mm_tokens_per_image": 4}
 HEAD = ("head_dim",)
+RENAMED = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "max_position_embeddings", "num_hidden_layers",
+)  # fmt: skip
 HALF = torch.bfloat16
 
 FAMILIES = [
@@ -172,7 +181,7 @@ FAMILIES = [
     Family("llama4_text", "Llama4TextConfig", {**MOE, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2}),
     Family("gpt_oss", "GptOssConfig", {**MOE, **MIXED}),
     Family("gpt_oss-bf16", "GptOssConfig", {**MOE, **MIXED}, dtype=HALF),
-    Family("dbrx", "DbrxConfig", DBRX, drop=("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "max_position_embeddings", "num_hidden_layers")),
+    Family("dbrx", "DbrxConfig", DBRX, drop=RENAMED),
     # recurrent and hybrid
     Family("qwen3_next", "Qwen3NextConfig", {**SHARED, **LINEAR}),
     Family("qwen3_5_text", "Qwen3_5TextConfig", LINEAR),
@@ -180,21 +189,21 @@ FAMILIES = [
     Family("jamba", "JambaConfig", JAMBA),
     Family("bamba", "BambaConfig", {**MAMBA, "attn_layer_indices": [1]}),
     Family("falcon_h1", "FalconH1Config", {**MAMBA, "mamba_d_ssm": 64}),
-    Family("granitemoehybrid", "GraniteMoeHybridConfig", {**MOE, **MAMBA, "shared_intermediate_size": 16, "layer_types": ["mamba", "attention", "mamba"]}),
-    Family("lfm2", "Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}),
+    Family("granitemoehybrid", "GraniteMoeHybridConfig", GRANITE),
+    Family("lfm2", "Lfm2Config", LFM2),
     Family("recurrent_gemma", "RecurrentGemmaConfig", RECURRENT),
     Family("zamba2", "Zamba2Config", ZAMBA, "FdFF", "---"),
     Family("nemotron_h", "NemotronHConfig", NEMOTRON, mid="---"),
     Family("mamba", "MambaConfig", {"state_size": 8, "time_step_rank": 4}, mid="---"),
     Family("mamba-bf16", "MambaConfig", {"state_size": 8, "time_step_rank": 4}, "Fddd", "---", HALF),
-    Family("mamba2", "Mamba2Config", {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 4}, mid="---"),
+    Family("mamba2", "Mamba2Config", MAMBA2, mid="---"),
     # LayerNorm
     Family("gpt2", "GPT2Config", GPT2),
     Family("gpt_bigcode", "GPTBigCodeConfig", GPT2),
-    Family("gpt_neo", "GPTNeoConfig", {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "global"], 1]]}),
+    Family("gpt_neo", "GPTNeoConfig", NEO),
     Family("gpt_neox-sequential", "GPTNeoXConfig", {"use_parallel_residual": False}),
     Family("opt", "OPTConfig", OPT),
-    Family("falcon-sequential", "FalconConfig", {"alibi": True, "parallel_attn": False, "multi_query": False}, drop=HEAD),
+    Family("falcon-sequential", "FalconConfig", ALIBI, drop=HEAD),
     Family("bloom", "BloomConfig", {"n_layer": 3, "n_head": 4}),
     Family("mpt", "MptConfig", {"d_model": WIDTH, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}),
     Family("starcoder2", "Starcoder2Config", WINDOW),
@@ -211,8 +220,8 @@ FAMILIES = [
     Family("phi", "PhiConfig", mid="---"),
     Family("gptj", "GPTJConfig", {**GPT2, "rotary_dim": 4}, mid="---"),
     Family("gpt_neox", "GPTNeoXConfig", mid="---"),
-    Family("falcon", "FalconConfig", {"alibi": False, "parallel_attn": True, "multi_query": True}, mid="---", drop=HEAD),
-    Family("falcon-new", "FalconConfig", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}, mid="---", drop=HEAD),
+    Family("falcon", "FalconConfig", {"alibi": False}, mid="---", drop=HEAD),
+    Family("falcon-new", "FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}, mid="---", drop=HEAD),
     Family("stablelm-parallel", "StableLmConfig", {"use_parallel_residual": True}, mid="---"),
     # no norm reads the residual itself
     Family("olmo2", "Olmo2Config", {}, "dddF", "---"),
@@ -222,7 +231,26 @@ FAMILIES = [
     Family("opt-post-norm", "OPTConfig", {**OPT, "do_layer_norm_before": False}, "dddd", "---"),
     Family("gemma3n_text", "Gemma3nTextConfig", STREAMS, "ddddd", "----"),
     Family("deepseek_v4", "DeepseekV4Config", HYPER, "dddd", "---"),
+    # the first block has no norm; the last norm is also the first
+    Family("modernbert-decoder", "ModernBertDecoderConfig", {}, "dFFF"),
+    Family("nanochat", "NanoChatConfig", {}, "FFFd"),
     # vision and language
     Family("llava", "LlavaConfig", LLAVA, model="LlavaForConditionalGeneration"),
     Family("gemma3", "Gemma3Config", GEMMA3, model="Gemma3ForConditionalGeneration"),
 ]  # fmt: skip
+
+FOLDED = {
+    **SHARED, **LINEAR, "hc_count": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 200, "split_ngram_parts": 1,
+    "indexer_n_heads": 2, "indexer_kv_heads": 2, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2,
+}  # fmt: skip
+SHORT = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2, "swa_head_dim": 8, "n_layers_per_attn_res_block": 1,
+    "unpadded_vocab_size": VOCABULARY,
+}  # fmt: skip
+REFUSED = [
+    # streams folded into one wide row; blocks that attend to the states of earlier ones; four lists of half blocks
+    (Family("qwen4_exp", "Qwen4ExpTextConfig", FOLDED), "the state has shape [2, 3, 64], not one row of width 32"),
+    (Family("inkling2", "Inkling2TextConfig", SHORT), "resid_pre[0]: no such site"),
+    (Family("xlm", "XLMConfig"), "XLMModel does not hand on to block 1 what block 0 returns"),
+]

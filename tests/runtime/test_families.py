@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import steerkern as sk
 from steerkern.runtime.sites import Anatomy, examine
-from tests.runtime.families import FAMILIES, VOCABULARY, WIDTH, Family, build
+from tests.runtime.families import FAMILIES, REFUSED, VOCABULARY, WIDTH, Family, build
 
 Change = Callable[[Tensor], Tensor]
 NEW_TOKENS = 4
@@ -202,3 +203,29 @@ def test_the_middle_of_a_block_equals_a_hook_on_its_second_norm(
             with sk.steer(model, plan, backend=backend, fuse=fuse):
                 check(family, backend, logits(model, prompts), expected)
             assert torch.equal(logits(model, prompts), plain)
+
+
+@pytest.mark.parametrize(("family", "reason"), REFUSED, ids=str)
+def test_models_without_one_residual_stream_raise(family: Family, reason: str) -> None:
+    model = build(family)
+    with pytest.raises(sk.PlanError, match=re.escape(reason)):
+        sk.steer(model, sk.Plan(sk.add(direction(1))))
+
+
+def test_a_norm_found_by_its_name_would_be_wrong(prompts: Tensor) -> None:
+    # gemma3n has an input_layernorm, and it reads another tensor; this is why norms are found by what they read
+    model = build(next(family for family in FAMILIES if family.name == "gemma3n_text"))
+    anatomy = examine(model)
+    change = added(3.0 * direction(1), 1.0)
+    with hooked(anatomy, {sk.Site(1, "resid_pre"): change}):
+        expected = logits(model, prompts)
+    named = anatomy.blocks[1].get_submodule("input_layernorm")
+
+    def edit_input(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        args[0].copy_(change(args[0]))
+
+    handle = named.register_forward_pre_hook(edit_input)
+    found = logits(model, prompts)
+    handle.remove()
+    effect = float((expected - logits(model, prompts)).abs().max())
+    assert float((expected - found).abs().max()) > 0.1 * effect

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -158,12 +158,16 @@ class Wrapped(nn.Sequential):
         super().__init__(nn.LayerNorm(WIDTH), nn.Tanh())
 
 
+def linear() -> nn.Module:
+    return nn.Linear(WIDTH, WIDTH)
+
+
 BLOCKS = {
     "plain": (Block, "norm"),
     "views": (block_of(views), "norm"),
     "two-norms": (block_of(reads_with_two_norms), "other"),
     "wrapped-norm": (block_of(norms_inside_a_part, inner=Wrapped), "inner.0"),
-    "part-without-zeros": (block_of(sums_through_a_part, inner=lambda: nn.Sequential(nn.Linear(16, 16), Doubtful())), "norm"),
+    "part-without-zeros": (block_of(sums_through_a_part, inner=lambda: nn.Sequential(linear(), Doubtful())), "norm"),
     "clone": (block_of(keeps_a_clone), "uses its input before"),
     "concatenation": (block_of(keeps_a_concatenation), "uses its input before"),
     "mean": (block_of(takes_a_mean), "uses its input before"),
@@ -175,7 +179,7 @@ BLOCKS = {
     "post-norm": (block_of(mixes_without_a_norm), "no norm reads"),
     "one-norm-twice": (block_of(norms_twice), "called at several places"),
     "no-norm": (block_of(Block.forward, norm=Scaled), "none of the known norms"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -278,7 +282,9 @@ class Writing(nn.Module):
         return h.mul_(torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).softmax(-1)
 
 
-@pytest.mark.parametrize("make", [Scaled, EpsOutside, Writing, nn.SiLU, nn.Dropout, nn.Identity, lambda: nn.Softmax(-1)])
+@pytest.mark.parametrize(
+    "make", [Scaled, EpsOutside, Writing, nn.SiLU, nn.Dropout, nn.Identity, lambda: nn.Softmax(-1)]
+)
 def test_what_is_no_norm_is_not_recognised(make: Callable[[], nn.Module]) -> None:
     assert recognise(make().eval(), WIDTH, torch.float32) is None
 
@@ -344,7 +350,9 @@ def test_a_norm_with_a_pre_hook_is_not_fused_and_the_edit_still_holds(ids: Tenso
 def test_patched_forwards_are_kept_and_not_fused(ids: Tensor) -> None:
     # as accelerate does it: the instance's forward is replaced, nothing else shows
     model, called = tiny_llama(), []
-    for module in (model.model.layers[1].input_layernorm, model.model.layers[2], model.model.layers[3].mlp, model.model):
+    blocks = model.model.layers
+    for module in (blocks[1].input_layernorm, blocks[2], blocks[3].mlp, model.model):
+
         def patched(*args: Any, _forward: Any = module.forward, _module: nn.Module = module, **kwargs: Any) -> Any:
             called.append(_module)
             return _forward(*args, **kwargs)
