@@ -43,7 +43,7 @@ def test_decode(benchmark: Any, shape: str, dtype: torch.dtype) -> None:
     inputs = {"input_ids": torch.randint(3, 500, (1, 16), generator=generator)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     vectors = torch.randn(4, width, generator=generator)
-    one, four = (sk.Plan(sk.ablate(v), name=n) for v, n in ((vectors[:1], "K=1"), (vectors, "K=4")))
+    one, four = (sk.Plan(sk.ablate(v), name=n) for v, n in ((vectors[:1], "rank 1"), (vectors, "rank 4")))
     unit = torch.nn.functional.normalize(vectors[0], dim=0)
     correct(model, inputs, one, unit)
 
@@ -59,7 +59,9 @@ def test_decode(benchmark: Any, shape: str, dtype: torch.dtype) -> None:
         Contender("steered K=4", run, lambda: sk.steer(model, four)),
     ]
     timings = interleave(contenders, rounds=ROUNDS[shape])
-    benchmark.extra_info["tokens_per_second"] = {c.name: round(timings.rate(c.name, tokens).median, 2) for c in contenders}
+    benchmark.extra_info["tokens_per_second"] = {
+        c.name: round(timings.rate(c.name, tokens).median, 2) for c in contenders
+    }
     ratios = {c.name: [round(x, 4) for x in timings.speedup(c.name, "stock")] for c in contenders[1:]}
     benchmark.extra_info["speedup_over_stock_quartiles"] = ratios
     benchmark.extra_info["goal"] = GOALS[shape]

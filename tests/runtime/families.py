@@ -106,7 +106,8 @@ STREAMS = {
 }  # fmt: skip
 HYPER = {
     **MOE, "n_routed_experts": 4, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2, "index_n_heads": 2,
-    "index_head_dim": 8, "index_topk": 4, "sliding_window": 8, "num_key_value_heads": 1, "hc_mult": 2, "partial_rotary_factor": 0.5,
+    "index_head_dim": 8, "index_topk": 4, "sliding_window": 8, "num_key_value_heads": 1, "hc_mult": 2,
+    "partial_rotary_factor": 0.5,
 }  # fmt: skip
 GPT2 = {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48}
 ALIBI = {"alibi": True, "parallel_attn": False, "multi_query": False}
@@ -142,7 +143,8 @@ LLAVA = {"text_config": {"model_type": "llama"}, "vision_config": {**SIGLIP, "mo
 GEMMA3 = {"text_config": MIXED, "vision_config": SIGLIP, "mm_tokens_per_image": 4}
 HEAD = ("head_dim",)
 RENAMED = (
-    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "max_position_embeddings", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "max_position_embeddings",
+    "num_hidden_layers",
 )  # fmt: skip
 HALF = torch.bfloat16
 
@@ -241,7 +243,8 @@ FAMILIES = [
 
 FOLDED = {
     **SHARED, **LINEAR, "hc_count": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 200, "split_ngram_parts": 1,
-    "indexer_n_heads": 2, "indexer_kv_heads": 2, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2,
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
 }  # fmt: skip
 SHORT = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "swa_num_attention_heads": 4,

@@ -49,7 +49,9 @@ def solo_logits(
     return torch.stack(steps_logits)
 
 
-def solo(model: LlamaForCausalLM, prompt: Tensor, vector: Tensor, written: Callable[[int, int], bool], steps: int = NEW) -> list[int]:
+def solo(
+    model: LlamaForCausalLM, prompt: Tensor, vector: Tensor, written: Callable[[int, int], bool], steps: int = NEW
+) -> list[int]:
     """Its tokens."""
     return solo_logits(model, prompt, vector, written, steps).argmax(-1).tolist()
 
@@ -104,7 +106,9 @@ def test_padding_is_never_steered(model: LlamaForCausalLM, vector: Tensor, side:
     with sk.steer(model, sk.Plan(sk.add(vector, STRENGTH), layers=[LAYER], name="p")) as session, torch.no_grad():
         model(ids, attention_mask=mask)
         rows = session.receipt()["p"].rows
-    assert rows == ({0: [(0, 8)], 1: [(3, 8)], 2: [(5, 8)]} if side == "left" else {0: [(0, 8)], 1: [(0, 5)], 2: [(0, 3)]})
+    assert rows == (
+        {0: [(0, 8)], 1: [(3, 8)], 2: [(5, 8)]} if side == "left" else {0: [(0, 8)], 1: [(0, 5)], 2: [(0, 3)]}
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -174,7 +178,11 @@ def test_two_conversations_may_take_turns(model: LlamaForCausalLM, vector: Tenso
 def test_a_loop_without_a_cache_states_its_prompt(model: LlamaForCausalLM, vector: Tensor) -> None:
     prompt = padded("left")[0][0]
     ids = prompt[None]
-    with sk.steer(model, sk.Plan(sk.add(vector, STRENGTH), layers=[LAYER], scope="decode")) as session, torch.no_grad(), session.request(9):
+    with (
+        sk.steer(model, sk.Plan(sk.add(vector, STRENGTH), layers=[LAYER], scope="decode")) as session,
+        torch.no_grad(),
+        session.request(9),
+    ):
         for _ in range(NEW):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
     assert ids[0, 9:].tolist() == solo(model, prompt, vector, lambda p, n: p >= n)
@@ -187,7 +195,9 @@ def test_a_second_turn_on_the_same_cache(model: LlamaForCausalLM, vector: Tensor
     with sk.steer(model, plan):
         first = model.generate(ids, attention_mask=torch.ones_like(ids), **more)
         follow = torch.cat([first.sequences, ids[:, :4]], 1)
-        second = model.generate(follow, past_key_values=first.past_key_values, attention_mask=torch.ones_like(follow), **GREEDY)
+        second = model.generate(
+            follow, past_key_values=first.past_key_values, attention_mask=torch.ones_like(follow), **GREEDY
+        )
     reply = solo(model, ids[0], vector, lambda p, n: p >= n)
     assert first.sequences[0, 9:].tolist() == reply
     # the cache holds the first reply as it was written; what was asked next is prompt, so unsteered
@@ -196,12 +206,17 @@ def test_a_second_turn_on_the_same_cache(model: LlamaForCausalLM, vector: Tensor
     assert second[0, follow.shape[1] :].tolist() == solo(model, follow[0], vector, written)
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 1}])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 1}]
+)
 def test_beams_and_returned_sequences_follow_the_rows_of_their_prompts(
     model: LlamaForCausalLM, vector: Tensor, options: dict[str, int]
 ) -> None:
     ids, mask = padded("left")
-    plans = [sk.Plan(sk.add(vector, STRENGTH * s), layers=[LAYER], scope="decode", name=n) for n, s in (("up", 1), ("down", -1))]
+    plans = [
+        sk.Plan(sk.add(vector, STRENGTH * s), layers=[LAYER], scope="decode", name=n)
+        for n, s in (("up", 1), ("down", -1))
+    ]
     times = options.get("num_return_sequences", 1)
     with sk.steer(model, plans) as session:
         session.rows(["up", None, "down"])
@@ -281,7 +296,9 @@ def small() -> LlamaForCausalLM:
 
 PLANS = {
     "add": lambda v: sk.Plan(sk.add(v, STRENGTH), layers="all", name="p"),
-    "mixed": lambda v: sk.Plan([sk.ablate(v).when(v, lo=-1.0), sk.cap(v.flip(0), hi=0.1)], layers="all", scope="decode", name="p"),
+    "mixed": lambda v: sk.Plan(
+        [sk.ablate(v).when(v, lo=-1.0), sk.cap(v.flip(0), hi=0.1)], layers="all", scope="decode", name="p"
+    ),
 }
 
 

@@ -314,7 +314,10 @@ def test_plans_come_and_go_while_attached(model: LlamaForCausalLM, ids: Tensor, 
 
 
 def test_a_plan_that_never_fires_is_an_error(model: LlamaForCausalLM, ids: Tensor, vector: Tensor) -> None:
-    with pytest.raises(sk.PlanError, match="plan 'late' wrote no token"), sk.steer(model, add(vector, scope="decode", name="late")):
+    with (
+        pytest.raises(sk.PlanError, match="plan 'late' wrote no token"),
+        sk.steer(model, add(vector, scope="decode", name="late")),
+    ):
         logits(model, ids)
     with pytest.raises(sk.PlanError, match="plan 'push' wrote no token"), sk.steer(model, add(vector)):
         pass
@@ -325,7 +328,9 @@ def test_a_plan_that_never_fires_is_an_error(model: LlamaForCausalLM, ids: Tenso
 
 
 def test_the_receipt_names_sites_rows_and_tokens(model: LlamaForCausalLM, ids: Tensor, vector: Tensor) -> None:
-    plan = add(vector, layers=[0, 1, 3], scope=(-1, 0)) + sk.Plan(sk.ablate(vector), site="resid_post", layers=[LAYERS - 1])
+    plan = add(vector, layers=[0, 1, 3], scope=(-1, 0)) + sk.Plan(
+        sk.ablate(vector), site="resid_post", layers=[LAYERS - 1]
+    )
     with sk.steer(model, plan.named("mix")) as session:
         logits(model, ids)
         receipt = session.receipt()
@@ -344,7 +349,9 @@ def test_the_receipt_names_sites_rows_and_tokens(model: LlamaForCausalLM, ids: T
         (lambda v: add(v, layers=[40]), r"layer 40: the model has 4 decoder layers \(0..3\), plan 'push'"),
         (lambda v: add(torch.ones(7)), "plan 'push' has width 7, the model has 48"),
         (
-            lambda v: sk.Plan(sk.add(sk.Directions.of({1: v}, model=sk.Fingerprint("gpt2", WIDTH, 12))[1]), name="push"),
+            lambda v: sk.Plan(
+                sk.add(sk.Directions.of({1: v}, model=sk.Fingerprint("gpt2", WIDTH, 12))[1]), name="push"
+            ),
             r"plan 'push' was made for gpt2 \(12 layers, width 48\), the model is llama \(4 layers, width 48\)",
         ),
     ],

@@ -27,6 +27,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
 IDS = torch.randint(3, 90, (2, LENGTH), generator=torch.Generator().manual_seed(3)) * MASK
 # logits up to 10 in fp32: the kernel's norms sum in another order, relative 2e-7 each, which random layers amplify
 TOLERANCE = 1e-3
+LONGER = torch.cat([IDS, IDS[:, -4:]], 1)
 MODELS = 3
 SESSIONS = 3
 """At most this many on one model."""
@@ -75,11 +76,11 @@ def traces(model: nn.Module) -> list[object]:
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask_of(ids), use_cache=False).logits.clone()
+        return model(input_ids=ids, attention_mask=mask_of(ids.shape[1]), use_cache=False).logits.clone()
 
 
-def mask_of(ids: Tensor) -> Tensor:
-    return torch.cat([MASK, MASK.new_ones(2, ids.shape[1] - LENGTH)], 1)
+def mask_of(length: int) -> Tensor:
+    return torch.cat([MASK, MASK.new_ones(2, length - LENGTH)], 1)
 
 
 def generate(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -137,11 +138,11 @@ class Recipe:
         sites = [site for place in self.places if (site := table[place]) in known]
         return sites or [table["second"]]
 
-    def tokens(self, length: int) -> Tensor:
-        """``[2, length]``: which tokens are written."""
-        index = torch.arange(length).expand(2, length)
-        chosen = {"all": index >= 0, "prompt": index < LENGTH, "decode": index >= LENGTH, -1: index == LENGTH - 1}
-        return chosen[self.scope] & (torch.cat([MASK, MASK.new_ones(2, length - LENGTH)], 1) == 1)
+    def tokens(self, past: int, count: int, prompt: int) -> Tensor:
+        """``[2, count]``: which tokens after ``past`` ones are written, where the first ``prompt`` are the prompt."""
+        index = torch.arange(past, past + count).expand(2, count)
+        chosen = {"all": index >= 0, "prompt": index < prompt, "decode": index >= prompt, -1: index == prompt - 1}
+        return chosen[self.scope] & (mask_of(past + count)[:, past:] == 1)
 
 
 RECIPES = st.builds(
@@ -169,14 +170,14 @@ class Live:
     scales: dict[str, float] = field(default_factory=dict)
     rows: list[tuple[str, ...]] | None = None
 
-    def added(self, site: sk.Site, state: Tensor) -> Tensor:
+    def added(self, site: sk.Site, state: Tensor, past: int, prompt: int) -> Tensor:
         """What this session adds to a state ``[2, S, H]`` at a site: all its plans act on the state as it arrived."""
         total = torch.zeros_like(state)
         for name, recipe in self.recipes.items():
             if site not in recipe.sites(self.subject.anatomy):
                 continue
             vector = recipe.vector(state.shape[-1])
-            chosen = recipe.tokens(state.shape[1])
+            chosen = recipe.tokens(past, state.shape[1], prompt)
             if self.rows is not None:
                 chosen = chosen & torch.tensor([name in names for names in self.rows])[:, None]
             change = EDITS[recipe.kind][1](state @ vector) * self.scales.get(name, 1.0)
@@ -185,12 +186,12 @@ class Live:
 
 
 @contextlib.contextmanager
-def plain_hooks(subject: Subject, sessions: list[Live]) -> Iterator[nn.Module]:
-    """The copy, steered by plain hooks in order of attachment."""
+def plain_hooks(subject: Subject, sessions: list[Live], past: int = 0, prompt: int = LENGTH) -> Iterator[nn.Module]:
+    """The copy, steered by plain hooks in order of attachment, for a forward after ``past`` tokens."""
 
     def steered(site: sk.Site, state: Tensor) -> Tensor:
         for live in sessions:
-            state = state + live.added(site, state)
+            state = state + live.added(site, state, past, prompt)
         return state
 
     handles = []
@@ -257,7 +258,7 @@ class Steering(RuleBasedStateMachine):
     def nest(self, number: int, recipe: Recipe, fuse: str) -> None:
         live = self.one(number)
         for met in live.recipes.values():  # where a session acts already
-            recipe = replace(recipe, places=met.places)
+            recipe = replace(recipe, places=met.places, seed=met.seed)
         self.attach(next(i for i, s in enumerate(subjects()) if s is live.subject), [recipe], fuse)
 
     @some_live
@@ -358,22 +359,37 @@ class Steering(RuleBasedStateMachine):
         same(found, expected)
 
     @rule(which=WHICH)
-    def forwards_with_a_cache(self, which: int) -> None:
+    def a_longer_prompt(self, which: int) -> None:
         subject = subjects()[which]
-        ids = torch.cat([IDS, IDS[:, -1:], IDS[:, -2:-1]], 1)
-        steps, cache = [], None
-        with torch.no_grad():
-            for first, last in ((0, LENGTH), (LENGTH, LENGTH + 1), (LENGTH + 1, LENGTH + 2)):
-                mask = mask_of(ids[:, :last])
-                out = subject.model(
-                    input_ids=ids[:, first:last], attention_mask=mask, past_key_values=cache, use_cache=True
-                )
-                cache = out.past_key_values
-                steps.append(out.logits)
-        with plain_hooks(subject, self.on(which)) as reference:
-            expected = logits(reference, ids)
-        real = mask_of(ids) == 1
-        same(torch.cat(steps, 1)[real], expected[real])
+        with plain_hooks(subject, self.on(which), prompt=LONGER.shape[1]) as reference:
+            expected = logits(reference, LONGER)
+        real = mask_of(LONGER.shape[1]) == 1
+        same(logits(subject.model, LONGER)[real], expected[real])
+
+    @rule(which=WHICH, change=st.sampled_from(["add", "scale", "rows"]), recipe=RECIPES)
+    def a_request_that_is_changed_on_its_way(self, which: int, change: str, recipe: Recipe) -> None:
+        subject, here = subjects()[which], self.on(which)
+        caches: dict[nn.Module, object] = {subject.model: None, subject.copy: None}
+        for past, count in ((0, LENGTH), (LENGTH, 1), (LENGTH + 1, 1), (LENGTH + 2, 1), (LENGTH + 3, 1)):
+            if past == LENGTH + 2 and here:  # in the middle of decoding, where row maps are reused
+                number = self.live.index(here[0])
+                if change == "scale":
+                    self.scale(number, 0, 2.0)
+                elif change == "rows":
+                    self.rows(number, (set(here[0].recipes), set()))
+                else:
+                    free = next((name for name in "abcd" if name not in here[0].recipes), "a")
+                    self.add(number, replace(recipe, name=free))
+            found = []
+            with torch.no_grad(), plain_hooks(subject, here, past):
+                for model, cache in caches.items():
+                    out = model(
+                        input_ids=LONGER[:, past : past + count], attention_mask=mask_of(past + count),
+                        past_key_values=cache, use_cache=True,
+                    )  # fmt: skip
+                    caches[model] = out.past_key_values
+                    found.append(out.logits[mask_of(past + count)[:, past:] == 1])
+            same(*found)
 
     @rule(which=WHICH, how=st.sampled_from(["ids", "rows"]))
     def a_forward_that_raises(self, which: int, how: str) -> None:
