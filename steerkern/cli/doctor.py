@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 EXTRAS = {
     "plots": ("matplotlib",),
+    "gguf": ("gguf",),
     "bench": ("pytest", "pytest_benchmark"),
-    "test": ("pytest", "xdist", "pytest_benchmark", "hypothesis", "matplotlib"),
+    "test": ("pytest", "xdist", "pytest_benchmark", "hypothesis", "matplotlib", "gguf"),
     "dev": ("ruff", "mypy", "build"),
 }
 """Modules of every extra of pyproject.toml."""

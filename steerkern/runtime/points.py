@@ -109,6 +109,11 @@ class Point:
         self._take(slot, trace)
         state.copy_(edited.view_as(state))
 
+    def _traced_slots(self, flat: Tensor) -> Tensor:
+        if flat.shape[0] != self.rows.count:
+            raise PlanError("a block that gets part of the tokens is steered in eager forwards only, not compiled")
+        return self.rows.slot[: flat.shape[0]]
+
     def _edit_traced(self, state: Tensor) -> None:
         assert self.tables is not None
         if self.readings is not None:
@@ -118,7 +123,7 @@ class Point:
                 "a state with several streams is steered in eager forwards only; this one is being compiled"
             )
         flat = state.reshape(-1, self.width)
-        slot = self.rows.slot[: flat.shape[0]]
+        slot = self._traced_slots(flat)
         if torch.is_grad_enabled() and state.requires_grad:
             edited = reference.edit_rows(flat.clone(), slot, self.tables, self.program.entries_per_row)
             state.copy_(edited.view_as(state))
@@ -185,7 +190,7 @@ class NormPoint(Point):
             return reference.normalise(flat, spec.weight, spec.bias, spec.eps, spec.norm).view_as(state)
         if not state.is_contiguous():
             return self._slow(state)
-        slot = self.rows.slot[: flat.shape[0]]
+        slot = self._traced_slots(flat)
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         out: Tensor = torch.ops.steerkern.steer_norm_(flat, slot, *tables, weight, bias, spec.eps, int(spec.norm))
         return out.view_as(state)

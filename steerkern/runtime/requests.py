@@ -63,6 +63,7 @@ class DecoderCalls:
             cache = named.get("cache_params")
         if torch.compiler.is_compiling():
             past = 0 if cache is None else cache.get_seq_length()
+            self.rows.count = batch * tokens
             compiled.set_rows(self.rows.slot, mask, past, batch, tokens, self._setter)
             return
         self._advance(batch, tokens, self._past(cache), mask, cache)

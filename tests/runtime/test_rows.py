@@ -50,7 +50,10 @@ def test_tokens_select_by_position_in_the_unpadded_sequence(tokens: Tokens, expe
     assert ["".join("01"[int(x)] for x in row) for row in mask] == expected
 
 
-@given(cut=st.integers(0, 7), tokens=st.sampled_from([Tokens("all", start=2), Tokens("prompt"), Tokens("decode", stop=6)]))
+SOME = [Tokens("all", start=2), Tokens("prompt"), Tokens("decode", stop=6)]
+
+
+@given(cut=st.integers(0, 7), tokens=st.sampled_from(SOME))
 def test_chunks_select_the_same_tokens_as_one_forward(cut: int, tokens: Tokens) -> None:
     p = prompts()
     whole = p.select(tokens, np.arange(7))
