@@ -64,3 +64,9 @@ def test_the_equivalent_of_the_readme_is_the_reference() -> None:
     out = scope["steer_norm_"](ours, weight, 1e-6, v, alpha, beta, lo, hi)  # type: ignore[operator]
     torch.testing.assert_close(ours, edited)
     torch.testing.assert_close(out, y)
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
+    from benchmarks import tables
+
+    assert tables.text() in README

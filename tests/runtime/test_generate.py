@@ -35,7 +35,7 @@ def padded(side: str) -> tuple[Tensor, Tensor]:
 def solo_logits(
     model: LlamaForCausalLM, prompt: Tensor, vector: Tensor, written: Callable[[int, int], bool], steps: int = NEW
 ) -> Tensor:
-    """Logits ``[steps, V]`` of a greedy reply, recomputed in full at every step; ``written(position, prompt_length)``."""
+    """Logits ``[steps, V]`` of a greedy reply, recomputed in full at every step."""
     ids, steps_logits = prompt[None], []
     for _ in range(steps):
         chosen = torch.tensor([written(p, len(prompt)) for p in range(ids.shape[1])])

@@ -1,0 +1,105 @@
+"""The README's tables, written from the committed results: ``python -m benchmarks.tables``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- written by python -m benchmarks.tables -->", "<!-- end -->"
+
+
+def results(suite: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A suite's JSON: machine and commit, and ``extra_info`` by benchmark name, with the median in milliseconds."""
+    document = json.loads((RESULTS / f"{suite}.json").read_text(encoding="utf-8"))
+    rows = {b["name"]: {**b["extra_info"], "median_ms": 1e3 * b["stats"]["median"]} for b in document["benchmarks"]}
+    return document, rows
+
+
+def decode() -> str:
+    """Tokens per second with every layer steered, against the stock model."""
+    _, rows = results("decode")
+    names = ["stock again", "hook K=1", "fused, unsteered", "steered K=1", "steered K=4"]
+    head = ["model", "stock, tokens/s", *names, "goal"]
+    body = []
+    for name, row in rows.items():
+        model = name.removeprefix("test_decode[").removesuffix("]").replace("-", ", ")
+        ratios = row["speedup_over_stock_quartiles"]
+        cells = [f"{ratios[n][1]:.2f} ({ratios[n][0]:.2f} to {ratios[n][2]:.2f})" for n in names]
+        body.append([model, f"{row['tokens_per_second']['stock']:.0f}", *cells, f"{row['goal']:.2f}"])
+    return table(head, body)
+
+
+def ops() -> str:
+    """The fused op against what it replaces, and against a copy of as many bytes."""
+    _, rows = results("ops")
+    body = []
+    for name, row in rows.items():
+        shown = name.removeprefix("test_").replace("_", " ").replace("[", ": ").removesuffix("]")
+        ratios = {k.replace("_", " "): v for k, v in row.items() if k not in ("median_us", "median_ms")}
+        body.append([shown, "; ".join(f"{k} {v}" for k, v in ratios.items())])
+    return table(["case", "ratios"], body)
+
+
+def sessions() -> str:
+    """What a session costs apart from decoding."""
+    _, rows = results("attach")
+    attach, memory = rows["test_attach_and_detach_of_32_layers"], rows["test_memory_of_a_session"]
+    kilobytes = (memory["python_peak_bytes"] + memory["row_map_bytes"]) / 1024
+    body = [
+        ["attach + detach, 32 layers", f"{attach['median_ms']:.1f} ms", f"{attach['goal_ms']:.0f} ms"],
+        ["a plain forward of three tokens, beside it", f"{attach['plain_forward_ms']:.1f} ms", ""],
+        ["change a plan's strength", f"{rows['test_scale_during_decode']['median_ms']:.2f} ms", "1 ms"],
+        ["swap a plan", f"{rows['test_swap_of_a_plan_during_decode']['median_ms']:.2f} ms", "1 ms"],
+        ["peak memory beside the tables", f"{kilobytes:.0f} kB", "1024 kB"],
+        ["tables", f"{memory['table_bytes'] / 1024:.0f} kB", ""],
+    ]
+    return table(["what", "median", "goal"], body)
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def text() -> str:
+    """Everything between the README's two marks."""
+    document, _ = results("decode")
+    machine, commit = document["machine_info"], document["commit_info"]
+    where = f"{machine['device']}, torch {machine['torch']}, {machine['instruction set']}, one thread"
+    return f"""{BEGIN}
+Medians of interleaved runs on a shared machine ({where}; {document["datetime"][:10]}, commit {commit["id"][:7]}),
+correctness checked first. **Decoding**: `model.generate`, batch 1, every layer steered, tokens per second over the
+*unsteered stock* model within the same round (quartiles in brackets; "stock again" is the noise floor):
+
+{decode()}
+
+The gain is the fusion of the norms; steering itself costs what lies between the last three columns. Repeat with
+`pytest benchmarks/test_decode.py`.
+
+**Sessions** (`pytest benchmarks/test_attach.py`):
+
+{sessions()}
+
+<details><summary><b>The fused op</b> against an eager hook and norm, our own unsteered kernel, and a copy of as many bytes
+(<code>pytest benchmarks/test_ops.py</code>); losses are listed like wins</summary>
+
+{ops()}
+
+</details>
+{END}"""
+
+
+def main() -> None:
+    """Rewrite the block in the README."""
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(before + text() + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
