@@ -39,7 +39,8 @@ def ops() -> str:
     for name, row in rows.items():
         shown = name.removeprefix("test_").replace("_", " ").replace("[", ": ").removesuffix("]")
         ratios = {k.replace("_", " "): v for k, v in row.items() if k not in ("median_us", "median_ms")}
-        body.append([shown, "; ".join(f"{k} {v}" for k, v in ratios.items())])
+        if ratios:
+            body.append([shown, "; ".join(f"{k} {v}" for k, v in ratios.items())])
     return table(["case", "ratios"], body)
 
 
