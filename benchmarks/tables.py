@@ -72,8 +72,8 @@ def text() -> str:
     machine, commit = document["machine_info"], document["commit_info"]
     where = f"{machine['device']}, torch {machine['torch']}, {machine['instruction set']}, one thread"
     return f"""{BEGIN}
-Medians of interleaved runs on a shared machine ({where}; {document["datetime"][:10]}, commit {commit["id"][:7]}),
-correctness checked first. **Decoding**: `model.generate`, batch 1, every layer steered, tokens per second over the
+Medians of interleaved runs on a shared machine ({where};
+{document["datetime"][:10]}, commit {commit["id"][:7]}), correctness checked first. **Decoding**: `model.generate`, batch 1, every layer steered, tokens per second over the
 *unsteered stock* model within the same round (quartiles in brackets; "stock again" is the noise floor):
 
 {decode()}
@@ -85,8 +85,8 @@ The gain is the fusion of the norms; steering itself costs what lies between the
 
 {sessions()}
 
-<details><summary><b>The fused op</b> against an eager hook and norm, our own unsteered kernel, and a copy of as many bytes
-(<code>pytest benchmarks/test_ops.py</code>); losses are listed like wins</summary>
+<details><summary><b>The fused op</b> against an eager hook and norm, our own unsteered kernel, and a copy of as many
+bytes (<code>pytest benchmarks/test_ops.py</code>); losses are listed like wins</summary>
 
 {ops()}
 
