@@ -74,8 +74,8 @@ def text() -> str:
     return f"""{BEGIN}
 Medians of interleaved runs on a shared machine ({where};
 {document["datetime"][:10]}, commit {commit["id"][:7]}), correctness checked first.
-**Decoding**: `model.generate` from one token on, batch 1, every layer steered, tokens per second over the *unsteered stock* model within
-the same round (quartiles in brackets; "stock again" is the noise floor):
+**Decoding**: `model.generate` from one token on, batch 1, every layer steered: tokens per second over the *unsteered
+stock* model within the same round (quartiles in brackets; "stock again" is the noise floor):
 
 {decode()}
 
