@@ -1,7 +1,7 @@
 """Registers ``steerkern::steer_`` and ``steerkern::steer_norm_`` and says which backend runs where.
 
 The registered ops serve ``torch.compile`` and callers with tensors; the session's eager path calls the kernels that a
-backend's ``bind`` returns. Plain ``torch.library.Library`` registration: the ``custom_op`` decorator takes 33 us a call.
+backend's ``bind`` returns. Plain ``torch.library.Library`` registration: ``custom_op`` takes 33 us a call.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def resolve(backend: str | None, device: torch.device | str, dtype: torch.dtype)
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The fastest backend that runs, and why the faster ones do not."""
-    reasons = []
+    reasons: list[str] = []
     for name in PREFERRED.get(device.type, ()):
         reason = _unusable(name, device, dtype)
         if not reason:

@@ -89,7 +89,7 @@ class Point:
         return stream
 
     def _flatten(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``state`` as ``[N, H]`` rows that the kernel takes; where that needs a copy, also the tensor to copy back to."""
+        """``state`` as ``[N, H]`` rows that a kernel takes; where that needs a copy, also where to copy it back."""
         flat = state.detach().reshape(-1, state.shape[-1])
         if flat.stride(-1) != 1:
             flat = flat.contiguous()
@@ -136,7 +136,9 @@ class Point:
         if self.readings is not None:
             raise PlanError("probes are read in eager forwards only; this one is being compiled")
         if self.streams != "none":
-            raise PlanError("a state with several streams is steered in eager forwards only; this one is being compiled")
+            raise PlanError(
+                "a state with several streams is steered in eager forwards only; this one is being compiled"
+            )
         flat = state.reshape(-1, self.width)
         slot = self.rows.slot[: flat.shape[0]]
         if torch.is_grad_enabled() and state.requires_grad:

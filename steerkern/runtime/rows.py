@@ -69,7 +69,9 @@ class Prompts:
                 outside = np.flatnonzero((at < start) | (at >= stop))
                 if outside.size:
                     row = int(outside[0])
-                    raise PlanError(f"position {p}: the prompt of row {row} has {self.stop[row] - self.start[row]} tokens")
+                    raise PlanError(
+                        f"position {p}: the prompt of row {row} has {self.stop[row] - self.start[row]} tokens"
+                    )
                 chosen |= index == at
             return chosen & prompt
         selected = {"all": prompt | generated, "prompt": prompt, "decode": generated}[tokens.phase]

@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from steerkern.ops import triton
+from steerkern.ops import dispatch, triton
 from steerkern.ops.triton import kernels
 from steerkern.ops.triton.variants import Variant
 
@@ -104,6 +104,7 @@ def install() -> None:
     mend()
     triton.unusable = lambda: ""  # type: ignore[method-assign]
     triton.DEVICE = "cpu"
+    dispatch.PREFERRED["cpu"] = ("cpu", "triton")
     triton.launch = launch
     triton.current_stream = lambda device: 0
     torch.cuda.current_device = lambda: -1

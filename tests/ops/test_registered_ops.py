@@ -20,7 +20,8 @@ from steerkern.ops.schemas import DTYPES, Flag, Link, Norm, Tables
 steer_ = torch.ops.steerkern.steer_
 steer_norm_ = torch.ops.steerkern.steer_norm_
 native = pytest.mark.skipif(bool(cpu.unusable()), reason=cpu.unusable() or "-")
-RUNNERS = ["reference", pytest.param("cpu", marks=native)]  # on a GPU a fault is not edited, and nobody waits to hear of it
+RUNNERS = ["reference", pytest.param("cpu", marks=native)]
+"""Those that report faults; on a GPU a faulty row is not edited, and nobody waits to hear of it."""
 WIDTH = 64
 
 

@@ -63,9 +63,7 @@ class Steer:
             bank, links, _, span, _ = tables
             self._constants = (*(t.data_ptr() for t in tables), bank.shape[0], links.shape[1], span.shape[0])
 
-    def __call__(
-        self, n: int, h: int, h_stride: int, slot: int, weight: int, bias: int, y: int, stream: int
-    ) -> int:
+    def __call__(self, n: int, h: int, h_stride: int, slot: int, weight: int, bias: int, y: int, stream: int) -> int:
         """The same as :meth:`full` without ``delta`` and ``trace``."""
         return self.full(n, h, h_stride, slot, weight, bias, y, 0, 0, 0, 0, stream)
 

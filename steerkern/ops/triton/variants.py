@@ -38,14 +38,14 @@ class Variant(NamedTuple):
         """Elements of the block: the width, rounded up to a power of two."""
         return max(32, 1 << (self.width - 1).bit_length())
 
-    @property
-    def warps(self) -> int:
-        """Warps of a program: 32 elements per thread where that leaves four warps, at least 8 otherwise.
+    def warps(self, lanes: int) -> int:
+        """Warps of a program on a GPU with ``lanes`` threads in each: four, unless rows are short or long.
 
-        A kernel needs 70 to 80 registers for 16 elements per thread and 128 for 32, so the wider share lets more rows
-        of a width stand on a multiprocessor: 4 of 4096 instead of 3, 2 of 8192 instead of 1.
+        At least 8 elements per thread, so that a load takes 16 bytes; at most 32 (of 32 lanes), for which a kernel
+        takes 128 registers: then 4 rows of 4096 stand on a multiprocessor, or 2 of 8192, where 16 elements per thread
+        at 80 or 93 registers leave 3 and 1.
         """
-        return min(16, max(self.block // 1024, min(4, self.block // 256), 1))
+        return min(16, max(self.block // 1024, min(4, self.block // (8 * lanes)), 1))
 
     def arguments(self) -> dict[str, Any]:
         """Values of the kernel's arguments that are compiled in, by name."""
@@ -79,7 +79,7 @@ def build(variant: Variant, target: Any) -> Any:
     signature = {key: "constexpr" if key in fixed else kind.format(name) for key, kind in _SIGNATURE.items()}
     indices = {key: (steer_rows.arg_names.index(key),) for key in _ALIGNED if key not in fixed and variant.aligned}
     attributes = {index: [["tt.divisibility", 16]] for index in indices.values()}
-    options = {"num_warps": variant.warps, "num_stages": 1, "enable_fp_fusion": False}
+    options = {"num_warps": variant.warps(target.warp_size), "num_stages": 1, "enable_fp_fusion": False}
     return triton.compile(ASTSource(steer_rows, signature, fixed, attributes), target=target, options=options)
 
 
