@@ -9,6 +9,7 @@
 
 #define STEER_DEVICE __device__ __forceinline__
 #define STEER_UNROLL _Pragma("unroll")
+#define STEER_ROLLED _Pragma("unroll 1")
 
 namespace steerkern::cuda {
 
@@ -25,6 +26,7 @@ STEER_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 STEER_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 STEER_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 STEER_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+STEER_DEVICE float inverse_root(float x) { return __frsqrt_rn(x); }
 
 // Two elements in one word, the first in its low half.
 STEER_DEVICE Two unpack(uint32_t word, Float16) {
@@ -80,6 +82,13 @@ template <class T>
 STEER_DEVICE T load_fresh(const T* p) {
   return __ldcg(p);
 }
+
+// Copies four bytes to shared memory while the thread goes on; they are there after wait_for_copies() and a barrier.
+STEER_DEVICE void copy_later(float* shared, const float* p) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(p) : "memory");
+}
+STEER_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // A hint; it cannot fault and keeps nothing stale, unlike a load ahead of the wait.
 STEER_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }

@@ -51,6 +51,28 @@ STEER_DEVICE Span span_of(const Tables& t, int32_t slot) {
   return s;
 }
 
+// What a lane needs to know of the entries `lane` and `lane + 32` of a span; all loads are independent.
+struct Entries {
+  int32_t row[2], flags[2];
+  bool fault;  // a row, mate or gate that does not exist
+};
+
+STEER_DEVICE Entries entries_of(const Tables& t, const Span& span, int lane) {
+  Entries found = {};
+  STEER_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int k = lane + 32 * i;
+    if (k >= span.count) continue;
+    const int32_t* p = t.links + span.first + k;
+    const int32_t row = load_fresh(p), mate = load_fresh(p + t.entries), gate = load_fresh(p + 2 * t.entries);
+    const int32_t flags = load_fresh(p + 3 * t.entries);
+    found.row[i] = row;
+    found.flags[i] = flags;
+    found.fault |= row < 0 || row >= t.rows || mate >= span.count || gate >= span.count || ((flags & kPair) && mate < 0);
+  }
+  return found;
+}
+
 template <class T>
 constexpr int kWide = 16 / int(sizeof(T));  // elements in 16 bytes
 
@@ -118,6 +140,7 @@ class Row {
  public:
   static constexpr int kW = kWide<T>;
   static constexpr int kGroup = kVectors == 1 ? 2 : 1;  // bank rows read at once: four loads of 16 bytes per thread for bf16
+  static constexpr int kHeld = kVectors > 0 ? kVectors : 1;
   using Values = float[kW];
 
   STEER_DEVICE Row(const Call& call, float* shared)
@@ -137,14 +160,18 @@ class Row {
     prefetch_constants(ahead);
     wait_for_dependency();
 
-    // What was read ahead of the wait only named addresses: everything is read again, now at once with the row.
+    // What was read ahead of the wait only named addresses: everything is read again, all at once and with the row.
     const int32_t slot = call_.slot ? load_fresh(call_.slot + row_) : -1;
     Span span = span_of(call_.tables, guess);
+    Entries entries = entries_of(call_.tables, ahead, lane());
     fetch_row();
-    if (slot != guess) span = span_of(call_.tables, slot);
+    if (slot != guess || !(span == ahead)) {
+      span = span_of(call_.tables, slot);
+      entries = entries_of(call_.tables, span, lane());
+    }
     if (cluster_ > 1) wait_cluster();  // the other blocks run by now, their shared memory may be written
     float square = kUnknown;
-    if (span.count > 0) square = edit(span, slot);
+    if (span.count > 0 && ballot(entries.fault) == 0) square = edit(span, entries, slot);
     if (kVectors > 0 && call_.delta && !written_) store_row();
     if constexpr (kLayerNorm) {
       layer_norm();
@@ -169,7 +196,7 @@ class Row {
         f(j, x);
       }
     } else {
-      _Pragma("unroll 1")
+      STEER_ROLLED
       for (int j = 0; first(j) - kW * thread_ < call_.width; ++j) {
         Values x;
         unpack<T>(load(h_, j), x);
@@ -189,12 +216,9 @@ class Row {
     return inside(j, 0) ? load_once(p + first(j)) : Raw{};
   }
 
-  STEER_DEVICE void load_parameter(const T* p, int j, Values& x) const {
-    if constexpr (kAligned) {
-      unpack<T>(inside(j, 0) ? load_shared_by_rows(p + first(j)) : Raw{}, x);
-    } else {
-      unpack<T>(load_elements(p, j), x);
-    }
+  STEER_DEVICE Raw load_parameter(const T* p, int j) const {
+    if constexpr (!kAligned) return load_elements(p, j);
+    return inside(j, 0) ? load_shared_by_rows(p + first(j)) : Raw{};
   }
 
   STEER_DEVICE Raw load_elements(const T* p, int j) const {
@@ -324,16 +348,16 @@ class Row {
     return square;
   }
 
-  // Copies links and fields of the slot's entries into shared memory, where the map after the barrier reads them.
+  // Starts to copy links, fields and gain into shared memory, where the map after the barrier reads them.
   STEER_DEVICE Tables stage_tables(const Span& span, int32_t slot) {
-    if (thread_in_block() == 0) tables_[kGain] = load_fresh(call_.tables.gain + slot);
+    if (thread_in_block() == 0) copy_later(tables_ + kGain, call_.tables.gain + slot);
     for (int i = thread_in_block(); i < kTableRows * kMaxEntries; i += threads_in_block()) {
       const int table = i / kMaxEntries, k = i % kMaxEntries;
       if (k >= span.count) continue;
       const int64_t e = span.first + k;
       const float* source = table < 4 ? reinterpret_cast<const float*>(call_.tables.links) + table * call_.tables.entries
                                       : call_.tables.fields + (table - 4) * call_.tables.entries;
-      tables_[i] = load_fresh(source + e);
+      copy_later(tables_ + i, source + e);
     }
     Tables here;
     here.links = reinterpret_cast<const int32_t*>(tables_);
@@ -418,34 +442,25 @@ class Row {
   }
 
   // Edits the row; returns the new |h|^2 where it is known.
-  STEER_DEVICE float edit(const Span& span, int32_t slot) {
+  STEER_DEVICE float edit(const Span& span, const Entries& entries, int32_t slot) {
     const int count = span.count;
     const bool keep_norm = span.mode & kKeepNorm;
-    int32_t row[2] = {}, flags[2] = {};
-    STEER_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (lane() + 32 * i < count) {
-        row[i] = load_fresh(call_.tables.links + span.first + lane() + 32 * i);
-        flags[i] = load_fresh(call_.tables.links + 3 * call_.tables.entries + span.first + lane() + 32 * i);
-      }
-    }
     const Tables here = stage_tables(span, slot);
-    const bool sane = reachable(span, row, flags);
-    if (!sane) return kUnknown;
-    const uint32_t reads[2] = {ballot(flags[0] & kRead), ballot(flags[1] & kRead)};
-    const bool cosine = ballot((flags[0] | flags[1]) & kCosine) != 0;
+    const uint32_t reads[2] = {ballot(entries.flags[0] & kRead), ballot(entries.flags[1] & kRead)};
+    const bool cosine = ballot((entries.flags[0] | entries.flags[1]) & kCosine) != 0;
     const bool gram = kGram && count <= kGramEntries && !keep_norm && call_.norm != Norm::kNone;
 
     const bool measured = gram || keep_norm || cosine;
     if (gram) {
       if constexpr (kGram) {
-        if (count == 1) project_with_gram<1>(row[0]);
-        if (count == 2) project_with_gram<2>(row[0]);
+        if (count == 1) project_with_gram<1>(entries.row[0]);
+        if (count == 2) project_with_gram<2>(entries.row[0]);
       }
     } else {
-      project_reads(row, reads[0], reads[1]);
+      project_reads(entries.row, reads[0], reads[1]);
       if (measured) tell(sums() + warp() * kSums + kSquare, lane(), reduce(squares()));
     }
+    wait_for_copies();
     sync();
 
     const float before = measured ? projected(kSquare) : kUnknown;
@@ -488,21 +503,6 @@ class Row {
     return after >= mul(kGramGuard, before) ? after : kUnknown;
   }
 
-  // Whether every entry of the span names rows, mates and gates that exist.
-  STEER_DEVICE bool reachable(const Span& span, const int32_t (&row)[2], const int32_t (&flags)[2]) const {
-    bool fault = false;
-    STEER_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int k = lane() + 32 * i;
-      if (k >= span.count) continue;
-      const int32_t mate = load_fresh(call_.tables.links + call_.tables.entries + span.first + k);
-      const int32_t gate = load_fresh(call_.tables.links + 2 * call_.tables.entries + span.first + k);
-      fault |= row[i] < 0 || row[i] >= call_.tables.rows || mate >= span.count || gate >= span.count;
-      fault |= (flags[i] & kPair) && mate < 0;
-    }
-    return ballot(fault) == 0;
-  }
-
   // The coordinates that are read; the r-th of them becomes sum r. Four are reduced at a time: s[0] is the last one.
   STEER_DEVICE void project_reads(const int32_t (&row)[2], uint32_t low, uint32_t high) {
     float s[4] = {};
@@ -514,7 +514,7 @@ class Row {
       (upper ? high : low) = left & (left - 1);
       return shuffle(upper ? row[1] : row[0], first_one(left));
     };
-    _Pragma("unroll 1")
+    STEER_ROLLED
     while (low | high) {
       int32_t rows[kGroup];
       STEER_UNROLL
@@ -588,16 +588,27 @@ class Row {
 
   // The reference fixes where each convention rounds.
   STEER_DEVICE void rms_norm(float square) {
-    if (square == kUnknown) square = total(kSquares, squares());
-    const float scale = 1.0f / sqrtf(add(square / float(call_.width), call_.eps));
     const T* weight = static_cast<const T*>(call_.weight);
+    [[maybe_unused]] Raw early[kHeld] = {};  // on its way while the sum is taken
+    if constexpr (kVectors > 0) {
+      if (weight) {
+        STEER_UNROLL
+        for (int j = 0; j < kVectors; ++j) early[j] = load_parameter(weight, j);
+      }
+    }
+    if (square == kUnknown) square = total(kSquares, squares());
+    const float scale = inverse_root(add(square / float(call_.width), call_.eps));
     T* y = y_of_row();
     each([&](int j, Values& x) {
       Values w, out;
       STEER_UNROLL
       for (int e = 0; e < kW; ++e) out[e] = mul(x[e], scale);
       if (weight) {
-        load_parameter(weight, j, w);
+        if constexpr (kVectors > 0) {
+          unpack<T>(early[j], w);
+        } else {
+          unpack<T>(load_parameter(weight, j), w);
+        }
         if (call_.norm == Norm::kLlama) round_to<T>(out);
         const float offset = call_.norm == Norm::kGemma ? 1.0f : 0.0f;
         STEER_UNROLL
@@ -622,13 +633,13 @@ class Row {
         square = fma(d, d, square);
       }
     });
-    const float scale = 1.0f / sqrtf(add(total(kVariance, square) / float(call_.width), call_.eps));
+    const float scale = inverse_root(add(total(kVariance, square) / float(call_.width), call_.eps));
     const T *weight = static_cast<const T*>(call_.weight), *bias = static_cast<const T*>(call_.bias);
     T* y = y_of_row();
     each([&](int j, Values& x) {
       Values w, b, out;
-      if (weight) load_parameter(weight, j, w);
-      if (bias) load_parameter(bias, j, b);
+      if (weight) unpack<T>(load_parameter(weight, j), w);
+      if (bias) unpack<T>(load_parameter(bias, j), b);
       STEER_UNROLL
       for (int e = 0; e < kW; ++e) {
         out[e] = mul(add(x[e], -mean), scale);
@@ -651,7 +662,7 @@ class Row {
   T* const h_;
   float* const tables_;
   bool written_ = false;
-  Raw held_[kVectors > 0 ? kVectors : 1];
+  Raw held_[kHeld];
 };
 
 }  // namespace steerkern::cuda
