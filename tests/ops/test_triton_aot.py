@@ -104,16 +104,14 @@ BARRIERS = {Norm.NONE: 14, Norm.LLAMA: 17, Norm.FP32: 17, Norm.GEMMA: 17, Norm.L
 PLAIN_BARRIERS = {Norm.LLAMA: 2, Norm.FP32: 2, Norm.GEMMA: 2, Norm.LAYER: 5}
 
 EVERY_NORM = [Variant(4096, torch.bfloat16)]
-EVERY_NORM += [Variant(4096, torch.bfloat16, n, weight=True) for n in (Norm.LLAMA, Norm.FP32, Norm.GEMMA)]
+EVERY_NORM += [Variant(4096, torch.bfloat16, norm, weight=True) for norm in (Norm.LLAMA, Norm.FP32, Norm.GEMMA)]
 EVERY_NORM += [Variant(4096, torch.bfloat16, Norm.LAYER, weight=True, bias=True)]
-EVERY_NORM += [Variant(4096, torch.bfloat16, Norm.FP32)]
-EVERY_WIDTH = [Variant(w, torch.bfloat16, Norm.LLAMA, weight=True) for w in (7, 896, 5120, 8192, 16384)]
-EVERY_WIDTH += [Variant(w, torch.float32, Norm.LLAMA, weight=True) for w in (4096, 16384)]
+EVERY_WIDTH = [Variant(width, torch.bfloat16, Norm.LLAMA, weight=True) for width in (7, 896, 5120, 8192, 16384)]
+EVERY_WIDTH += [Variant(16384, torch.float32, Norm.LLAMA, weight=True)]
 EVERY_ARGUMENT = [
-    Variant(5120, torch.float16, Norm.LAYER, weight=True, bias=True, delta=True, trace=True),
     Variant(16384, torch.float16, Norm.LAYER, weight=True, bias=True, delta=True, trace=True),
+    Variant(4096, torch.float32, Norm.FP32, delta=True),
     Variant(8192, torch.bfloat16, trace=True),
-    Variant(4096, torch.float32, Norm.LLAMA, weight=True, delta=True),
 ]
 PLAIN = [Variant(4096, torch.bfloat16, norm, slot=False, weight=True) for norm in (Norm.LLAMA, Norm.LAYER)]
 

@@ -36,13 +36,13 @@ def part() -> list[str]:
     norms += [(Norm.LAYER, "bias"), (Norm.LAYER, "weight, bias")]
     names = []
     for i, kind in enumerate(KINDS):
-        for w, d, o in (places[(7 * i) % 30], places[(7 * i + 13) % 30]):
+        for w, d, o in (places[(7 * i) % 30], places[(7 * i + 13) % 30])[: 1 + i % 2]:
             names.append(f"test_edit[triton-{kind}-{w}-{d}-{o}]")
     for i, (norm, parameters) in enumerate(norms):
         w, d, o = places[(11 * i) % 30]
         names.append(f"test_norm[triton-{norm!s}-{parameters}-{w}-{d}-{o}]")
     for i, w in enumerate(WIDTHS):
-        names += [f"test_delta_is_added_first_and_rounded_once[triton-{w}-{DTYPES[i % 3]}]"]
+        names += [f"test_delta_is_added_first_and_rounded_once[triton-{w}-{DTYPES[i % 3]}]"][: i % 2]
         names += [f"test_additions_have_the_bits_of_torch[triton-{w}]"]
     for d in DTYPES:
         names += [f"test_number_of_rows[triton-{d}-{n}]" for n in (0, 1, 3)]
@@ -60,7 +60,7 @@ def part() -> list[str]:
 def test_conformance_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", __file__, *part()]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", __file__, *part()]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1], check=False)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
