@@ -12,10 +12,11 @@ BEGIN, END = "<!-- written by python -m benchmarks.tables -->", "<!-- end -->"
 
 
 def results(suite: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A suite's JSON: machine and commit, and ``extra_info`` by benchmark name, with the median in milliseconds."""
-    document = json.loads((RESULTS / f"{suite}.json").read_text(encoding="utf-8"))
-    rows = {b["name"]: {**b["extra_info"], "median_ms": 1e3 * b["stats"]["median"]} for b in document["benchmarks"]}
-    return document, rows
+    """The JSON files of a suite: machine and commit, and ``extra_info`` by benchmark name, with the median in ms."""
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{suite}*.json"))]
+    benchmarks = [benchmark for document in documents for benchmark in document["benchmarks"]]
+    rows = {b["name"]: {**b["extra_info"], "median_ms": 1e3 * b["stats"]["median"]} for b in benchmarks}
+    return documents[0], rows
 
 
 def decode() -> str:
