@@ -79,14 +79,14 @@ class Point:
         return kernel
 
     def _kernel_for(self, dtype: torch.dtype, norm: Norm, eps: float) -> Any:
-        where = {} if self._threaded else {"device": self.program.device}
+        where = {} if self._threaded else {"device": self.program.gain.device}
         return self.native.bind(self.tables, self.width, dtype, norm, eps, **where)
 
     def _where(self, elements: int) -> int:
         """What a kernel takes last: a number of threads on the CPU, the current stream on a GPU."""
         if self._threaded:
             return 1 if elements < THREADED_ELEMENTS else torch.get_num_threads()
-        stream: int = self.native.current_stream(self.program.device.index)
+        stream: int = self.native.current_stream(self.program.gain.device.index)
         return stream
 
     def _flatten(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -198,7 +198,8 @@ class NormPoint(Point):
             if slot and count != self.rows.count:
                 return self._slow(state)
         out = torch.empty_like(state)
-        where = self._where(count * self.width)
+        small = self._threaded and count * self.width < THREADED_ELEMENTS
+        where = 1 if small else self._where(count * self.width)
         fault = self._kernel(count, address, self.width, slot, scale, shift, out.data_ptr(), where)
         if fault >= 0:
             self._check(fault, self.rows.slot[: self.rows.count])

@@ -226,8 +226,8 @@ def _normalise(x, weight, bias, eps, h, column, WIDTH: tl.constexpr, NORM: tl.co
     if NORM == LAYER:
         x = x - tl.div_rn(tl.sum(x, 0), WIDTH * 1.0)
         x = tl.where(inside, x, 0.0)
-    mean = tl.div_rn(tl.sum(x * x, 0), WIDTH * 1.0)
-    x = x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+    # 1 / sqrt(square / W + eps), with a division and half an ulp less
+    x = x * tl.sqrt_rn(tl.div_rn(WIDTH * 1.0, tl.sum(x * x, 0) + WIDTH * eps))
     if weight is not None:
         w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         if NORM == LLAMA:
