@@ -7,6 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+collect_ignore = ["interpreter.py"]  # the search for doctests would import it into every process
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # a run of its own, see test_triton_interpret.py
     import interpreter

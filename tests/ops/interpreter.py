@@ -1,15 +1,12 @@
 """Triton's interpreter, mended: what stands between it and what a compiled kernel does.
 
-Import before any kernel, in a process of its own: ``TRITON_INTERPRET`` excludes compilation.
+Import before any kernel, in a process started with ``TRITON_INTERPRET=1``, which excludes compilation.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
