@@ -7,7 +7,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-collect_ignore = ["interpreter.py"]  # the search for doctests would import it into every process
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # a run of its own, see test_triton_interpret.py
     import interpreter
@@ -16,6 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # a run of its own, see test_trit
     interpreter.sum_pairs_at_once()
 
 from runners import BACKENDS, Runner
+
+collect_ignore = ["interpreter.py"]  # the search for doctests would import it into every process
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
