@@ -3,6 +3,9 @@
 #include <pybind11/stl.h>
 
 #include "cpu/steer.h"
+#if defined(STEERKERN_CUDA)
+#include "cuda/binding.h"
+#endif
 
 namespace py = pybind11;
 
@@ -106,7 +109,7 @@ void set_isa(const std::string& name) {
 
 PYBIND11_MODULE(_C, m) {
   using steerkern::Steer;
-  m.doc() = "Native kernels of steerkern: addresses and sizes in, see steerkern/ops/cpu.py.";
+  m.doc() = "Native kernels of steerkern: addresses and sizes in, see steerkern/ops/cpu.py and cuda.py.";
   const py::custom_type_setup callable([](PyHeapTypeObject* type) { type->ht_type.tp_call = steerkern::call_steer; });
   py::class_<Steer>(m, "Steer", callable, py::module_local())
       .def(py::init<int64_t, int, int, float>(), py::arg("width"), py::arg("dtype"), py::arg("norm"), py::arg("eps"))
@@ -118,4 +121,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &steerkern::cpu::supported_isas, "Instruction sets that run here, the preferred one first.");
   m.def("isa", &steerkern::cpu::isa, "The instruction set in use.");
   m.def("set_isa", &steerkern::set_isa, py::arg("name"), "Use this instruction set from now on, in the whole process.");
+#if defined(STEERKERN_CUDA)
+  steerkern::bind_cuda(m);
+#endif
 }

@@ -40,6 +40,53 @@ class Steer:
     ) -> int:
         """The same with ``h += delta`` first and the coordinates written to ``trace``."""
 
+class SteerCuda:
+    """The same on a CUDA device. Only in builds with CUDA."""
+
+    def __init__(self, width: int, dtype: int, norm: int, eps: float, device: int) -> None: ...
+    def bind(
+        self,
+        bank: int,
+        rows: int,
+        links: int,
+        fields: int,
+        entries: int,
+        span: int,
+        slots: int,
+        gain: int,
+        owner: object = None,
+    ) -> None: ...
+    def tune(
+        self, *, warps: int = 0, cluster: int = 0, entries: int = 1, dependent: bool = True, gram: bool = False
+    ) -> None:
+        """How calls are launched; see ``Tuning`` in csrc/cuda/call.h."""
+
+    def prepare(self) -> None:
+        """Load the kernels onto the device, or raise BackendError."""
+
+    def __call__(
+        self, n: int, h: int, h_stride: int, slot: int, weight: int, bias: int, y: int, stream: int, /
+    ) -> int:
+        """Launch and return -1, or raise BackendError."""
+
+    def full(
+        self,
+        n: int,
+        h: int,
+        h_stride: int,
+        slot: int,
+        weight: int,
+        bias: int,
+        y: int,
+        delta: int,
+        delta_stride: int,
+        trace: int,
+        trace_columns: int,
+        stream: int,
+    ) -> int: ...
+
+def cuda_unusable() -> str: ...
+def cuda_archs() -> str: ...
 def supported_isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

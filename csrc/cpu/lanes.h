@@ -206,6 +206,24 @@ STEER_FN Pair load_pair(const Bfloat16* p) {
   return x;
 }
 
+// Thirty-two floats in the order of the dtype.
+template <class T>
+STEER_FN Pair load_pair_as(const float* p, const T*) {
+  return load_pair(p);
+}
+
+STEER_FN Pair load_pair_as(const float* p, const Bfloat16*) {
+  Int even, odd;
+  for (int i = 0; i < STEER_NATIVE; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+  Pair x;
+  for (int i = 0; i < kParts; ++i) {
+    const Float low = peek<Float>(p + 2 * i * STEER_NATIVE), high = peek<Float>(p + (2 * i + 1) * STEER_NATIVE);
+    x.one.part[i] = __builtin_shuffle(low, high, even);
+    x.two.part[i] = __builtin_shuffle(low, high, odd);
+  }
+  return x;
+}
+
 template <class T>
 STEER_FN void store_pair(T* p, Pair x) {
   store(p, x.one);

@@ -104,20 +104,33 @@ enum class Lift { kStore, kMeasure, kRescale };
 template <Lift kind, class T>
 float lift(T* h, const float* const* v, const float* c, int terms, int64_t width, float ratio = 1.0f) {
   Lanes squares[kSums] = {};
+  const auto finish = [&](Lanes x) STEER_LAMBDA {
+    if (kind == Lift::kRescale) x = x * fill(ratio);
+    return kind == Lift::kMeasure ? x : rounded_mixed(x, h);
+  };
   sweep_steps(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
-    constexpr int n = decltype(extent)::kVectors;
-    Lanes sum[n];
-    for (int i = 0; i < n; ++i) sum[i] = fill(c[0]) * load(v[0] + j + i * kLanes, extent);
-    for (int k = 1; k < terms; ++k)
-      for (int i = 0; i < n; ++i) sum[i] = sum[i] + fill(c[k]) * load(v[k] + j + i * kLanes, extent);
-    for (int i = 0; i < n; ++i) {
-      Lanes x = load(h + j + i * kLanes, extent) + sum[i];
-      if (kind == Lift::kRescale) x = x * fill(ratio);
-      if (kind != Lift::kMeasure) {
-        x = rounded_mixed(x, h);
-        store(h + j + i * kLanes, x, extent);
+    if constexpr (decltype(extent)::kVectors == 1) {
+      Lanes sum = fill(c[0]) * load(v[0] + j, extent);
+      for (int k = 1; k < terms; ++k) sum = sum + fill(c[k]) * load(v[k] + j, extent);
+      const Lanes x = finish(load(h + j, extent) + sum);
+      if (kind != Lift::kMeasure) store(h + j, x, extent);
+      squares[g] = squares[g] + x * x;
+    } else {
+#pragma GCC unroll 2
+      for (int i = 0; i < kSums; i += 2) {
+        const int64_t at = j + i * kLanes;
+        Pair sum = load_pair_as(v[0] + at, h);
+        sum = {fill(c[0]) * sum.one, fill(c[0]) * sum.two};
+        for (int k = 1; k < terms; ++k) {
+          const Pair term = load_pair_as(v[k] + at, h);
+          sum = {sum.one + fill(c[k]) * term.one, sum.two + fill(c[k]) * term.two};
+        }
+        Pair x = load_pair(h + at);
+        x = {finish(x.one + sum.one), finish(x.two + sum.two)};
+        if (kind != Lift::kMeasure) store_pair(h + at, x);
+        squares[i] = squares[i] + x.one * x.one;
+        squares[i + 1] = squares[i + 1] + x.two * x.two;
       }
-      squares[g + i] = squares[g + i] + x * x;
     }
   });
   return total(squares);

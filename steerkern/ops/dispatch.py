@@ -1,7 +1,7 @@
 """Registers ``steerkern::steer_`` and ``steerkern::steer_norm_`` and says which backend runs where.
 
-The registered ops serve ``torch.compile`` and callers with tensors; the session's eager path calls the bound kernel
-of ``cpu.py`` directly. Plain ``torch.library.Library`` registration: the ``custom_op`` decorator takes 33 us a call.
+The registered ops serve ``torch.compile`` and callers with tensors; the session's eager path calls the kernels that a
+backend's ``bind`` returns. Plain ``torch.library.Library`` registration: ``custom_op`` takes 33 us a call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from . import cpu, reference
+from . import cpu, cuda, reference, triton
 from .schemas import (
     DTYPES,
     STEER_NORM_SCHEMA,
@@ -27,7 +27,11 @@ from .schemas import (
     steer_norm_fake,
 )
 
-_NOT_YET = "not part of this version"
+NATIVE: dict[str, Any] = {"cpu": cpu, "triton": triton, "cuda": cuda}
+"""The modules of the backends that have kernels."""
+
+PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+"""By type of device, the backends that the automatic choice tries; torch calls AMD GPUs ``cuda`` too."""
 
 
 def backends() -> dict[str, str]:
@@ -36,7 +40,7 @@ def backends() -> dict[str, str]:
     >>> backends()["reference"]
     ''
     """
-    return {"reference": "", "cpu": cpu.unusable(), "triton": _NOT_YET, "cuda": _NOT_YET}
+    return {"reference": "", **{name: module.unusable() for name, module in NATIVE.items()}}
 
 
 def resolve(backend: str | None, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -53,27 +57,38 @@ def resolve(backend: str | None, device: torch.device | str, dtype: torch.dtype)
     """
     device = torch.device(device)
     if backend is None:
-        native = "cuda" if device.type == "cuda" else "cpu"
-        if reason := _unusable(native, device, dtype):
-            _warn_once(f"steering runs on the plain torch reference: backend {native}: {reason}")
-            return "reference"
-        return native
-    known = backends()
-    if backend not in known:
-        raise BackendError(f"backend {backend!r}: known are {', '.join(known)}")
+        name, reasons = _automatic(device, dtype)
+        if name == "reference":
+            _warn_once(f"steering runs on the plain torch reference: {reasons}")
+        return name
+    if backend != "reference" and backend not in NATIVE:
+        raise BackendError(f"backend {backend!r}: known are reference, {', '.join(NATIVE)}")
     if reason := _unusable(backend, device, dtype):
         raise BackendError(f"backend {backend}: {reason}")
     return backend
 
 
+def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The fastest backend that runs, and why the faster ones do not."""
+    reasons: list[str] = []
+    for name in PREFERRED.get(device.type, ()):
+        reason = _unusable(name, device, dtype)
+        if not reason:
+            return name, "; ".join(reasons)
+        reasons.append(f"backend {name}: {reason}")
+    return "reference", "; ".join(reasons) or f"no other backend runs on {device.type}"
+
+
 def _unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    reason = backends()[backend]
-    if not reason and backend == "cpu":
-        if device.type != "cpu":
-            reason = f"the model is on {device}"
-        elif dtype not in DTYPES:
-            reason = f"no kernel for {dtype}, there are float32, bfloat16 and float16"
-    return reason
+    if backend == "reference":
+        return ""
+    if reason := NATIVE[backend].unusable():
+        return str(reason)
+    if backend not in PREFERRED.get(device.type, ()):
+        return f"the model is on {device}"
+    if dtype not in DTYPES:
+        return f"no kernel for {dtype}, there are float32, bfloat16 and float16"
+    return ""
 
 
 @functools.cache
@@ -108,12 +123,23 @@ def _run_reference(
     return None if y is None else y.contiguous()
 
 
-RUNNERS: dict[str, Run] = {"reference": _run_reference, "cpu": cpu.steer}
+RUNNERS: dict[str, Run] = {
+    "reference": _run_reference, "cpu": cpu.steer, "triton": triton.steer, "cuda": cuda.steer
+}  # fmt: skip
 """The op on tensors, by backend."""
 
 
 def _run_on_cpu(h: Tensor, *arguments: Any) -> Tensor | None:
-    return RUNNERS["reference" if _unusable("cpu", h.device, h.dtype) else "cpu"](h, *arguments)
+    return RUNNERS[_automatic(h.device, h.dtype)[0]](h, *arguments)
+
+
+def _run_on_gpu(h: Tensor, *arguments: Any) -> Tensor | None:
+    return RUNNERS[_fastest_on_gpu(h.device, h.dtype)](h, *arguments)
+
+
+@functools.cache  # asking the driver takes longer than a launch, and its answer stays
+def _fastest_on_gpu(device: torch.device, dtype: torch.dtype) -> str:
+    return _automatic(device, dtype)[0]
 
 
 def _kernels(run: Run) -> dict[str, Callable[..., Any]]:
@@ -175,7 +201,7 @@ def _below_autograd(name: str) -> Callable[..., Any]:
 _LIBRARY = torch.library.Library("steerkern", "FRAGMENT")
 _LIBRARY.define(STEER_SCHEMA)
 _LIBRARY.define(STEER_NORM_SCHEMA)
-for _key, _run in (("CompositeExplicitAutograd", _run_reference), ("CPU", _run_on_cpu)):
+for _key, _run in (("CompositeExplicitAutograd", _run_reference), ("CPU", _run_on_cpu), ("CUDA", _run_on_gpu)):
     for _name, _kernel in _kernels(_run).items():
         _LIBRARY.impl(_name, _kernel, _key)
 for _name, _fake in (("steer_", steer_fake), ("steer_norm_", steer_norm_fake)):

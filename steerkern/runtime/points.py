@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..ops import cpu, reference
-from ..ops.schemas import Norm, Tables
+from ..ops import dispatch, reference, triton
+from ..ops.schemas import DTYPES, Norm, Tables
 from ..program import Program
 from .decoder import block_input, block_output
 from .norms import NormSpec
@@ -33,7 +33,10 @@ class Point:
         """The site's number in the program, or None for a norm that is only fused, never steered."""
         self.streams = streams
         self.width = program.width
-        self.native = backend == "cpu"
+        self.backend = backend
+        self.native: Any = dispatch.NATIVE.get(backend)
+        """The module that has the kernels; None for the reference."""
+        self._threaded = backend == "cpu"
         self.calls = 0
         self.readings: Readings | None = None
         """Where coordinates go, when a probe is among the plans."""
@@ -52,17 +55,17 @@ class Point:
         if not rows.pointer:
             return
         slot = self._slots(state)
-        flat, back = _flatten(state)
+        flat, back = self._flatten(state)
         if torch.is_grad_enabled() and state.requires_grad:
             self._edit_differentiably(state, slot)
             return
         trace = None if self.readings is None else self.readings.buffer(flat.shape[0])
-        if self.native and flat.dtype in cpu.DTYPE_CODES:
+        if self.native is not None and flat.dtype in DTYPES:
             kernel = self._kernels.get(flat.dtype) or self._bind(flat.dtype)
             columns, pointer = (0, 0) if trace is None else (trace.shape[1], trace.data_ptr())
             fault = kernel.full(
                 flat.shape[0], flat.data_ptr(), flat.stride(0), slot.data_ptr(), 0, 0, 0, 0, 0, pointer, columns,
-                threads(flat.numel()),
+                self._where(flat.numel()),
             )  # fmt: skip
             self._check(fault, slot)
         else:
@@ -72,8 +75,28 @@ class Point:
             back.copy_(flat.view_as(back))
 
     def _bind(self, dtype: torch.dtype) -> Any:
-        kernel = self._kernels[dtype] = cpu.bind(self.tables, self.width, dtype, Norm.NONE, 0.0)
+        kernel = self._kernels[dtype] = self._kernel_for(dtype, Norm.NONE, 0.0)
         return kernel
+
+    def _kernel_for(self, dtype: torch.dtype, norm: Norm, eps: float) -> Any:
+        where = {} if self._threaded else {"device": self.program.gain.device}
+        return self.native.bind(self.tables, self.width, dtype, norm, eps, **where)
+
+    def _where(self, elements: int) -> int:
+        """What a kernel takes last: a number of threads on the CPU, the current stream on a GPU."""
+        if self._threaded:
+            return 1 if elements < THREADED_ELEMENTS else torch.get_num_threads()
+        stream: int = self.native.current_stream(self.program.gain.device.index)
+        return stream
+
+    def _flatten(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``state`` as ``[N, H]`` rows that a kernel takes; where that needs a copy, also where to copy it back."""
+        flat = state.detach().reshape(-1, state.shape[-1])
+        if flat.stride(-1) != 1:
+            flat = flat.contiguous()
+        if self.backend == "triton":
+            flat = triton.aligned(flat)
+        return flat, None if flat.untyped_storage().data_ptr() == state.untyped_storage().data_ptr() else state
 
     def _check(self, fault: int, slot: Tensor) -> None:
         if fault >= 0:
@@ -147,9 +170,10 @@ class NormPoint(Point):
         self.dtype: torch.dtype | None = None
         self._parameters = spec.module._parameters
         self._forward: Callable[[Any, Tensor], Tensor] = stock_class(type(spec.module)).forward
-        if self.native and spec.dtype in cpu.DTYPE_CODES:
+        self._unaligned = 15 if backend == "triton" and self.width % 16 == 0 else 0
+        if self.native is not None and spec.dtype in DTYPES:
             self.dtype = spec.dtype
-            self._kernel = cpu.bind(self.tables, self.width, self.dtype, spec.norm, spec.eps)
+            self._kernel = self._kernel_for(self.dtype, spec.norm, spec.eps)
 
     def __call__(self, state: Tensor) -> Tensor:
         """Edit ``state [..., H]`` in place and return it normalised."""
@@ -163,6 +187,10 @@ class NormPoint(Point):
         fits = state.shape[-1] == self.width if weight is None else weight.dtype is self.dtype
         if not fits or not state.is_contiguous():
             return self._slow(state)
+        address = state.data_ptr()
+        scale, shift = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        if self._unaligned and (address | scale | shift) & self._unaligned:
+            return self._slow(state)
         slot, count = 0, state.numel() // self.width
         if self.tables is not None:
             self.calls += 1
@@ -170,11 +198,9 @@ class NormPoint(Point):
             if slot and count != self.rows.count:
                 return self._slow(state)
         out = torch.empty_like(state)
-        fault = self._kernel(
-            count, state.data_ptr(), self.width, slot,
-            0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-            1 if count * self.width < THREADED_ELEMENTS else torch.get_num_threads(),
-        )  # fmt: skip
+        small = self._threaded and count * self.width < THREADED_ELEMENTS
+        where = 1 if small else self._where(count * self.width)
+        fault = self._kernel(count, address, self.width, slot, scale, shift, out.data_ptr(), where)
         if fault >= 0:
             self._check(fault, self.rows.slot[: self.rows.count])
         return out
@@ -212,16 +238,3 @@ class DoorPoint(Point):
         """Edit the state on its way out."""
         if self.leaving and output is not None:
             self.edit(block_output(output))
-
-
-def threads(elements: int) -> int:
-    """How many threads a kernel call over ``elements`` numbers is worth."""
-    return 1 if elements < THREADED_ELEMENTS else torch.get_num_threads()
-
-
-def _flatten(state: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``state`` as ``[N, H]`` rows of unit stride; where that needs a copy, also the tensor to copy back to."""
-    flat = state.detach().reshape(-1, state.shape[-1])
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
-    return flat, None if flat.untyped_storage().data_ptr() == state.untyped_storage().data_ptr() else state

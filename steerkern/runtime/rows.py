@@ -243,7 +243,10 @@ class RowMap:
         if count > self.slot.numel():
             self.slot = torch.full((2 * count,), -1, dtype=torch.int32, device=self.program.device)
         self.pointer = self.slot.data_ptr() if (slots >= 0).any() else 0
-        self.slot[:count].copy_(torch.from_numpy(slots.reshape(-1)))
+        staged = torch.from_numpy(slots.reshape(-1))
+        if self.slot.is_cuda:  # torch keeps pinned memory until the stream has read it, so nothing waits here
+            staged = staged.pin_memory()
+        self.slot[:count].copy_(staged, non_blocking=True)
 
 
 def _runs(numbers: Ints) -> list[tuple[int, int]]:

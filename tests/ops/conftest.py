@@ -1,3 +1,4 @@
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+if os.environ.get("TRITON_INTERPRET") == "1":  # a run of its own, see test_triton_interpret.py
+    import interpreter
+
+    interpreter.install()
+    interpreter.sum_pairs_at_once()
+
 from runners import BACKENDS, Runner
+
+collect_ignore = ["interpreter.py"]  # the search for doctests would import it into every process
 
 
 @pytest.fixture(params=BACKENDS, ids=str)

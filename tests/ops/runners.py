@@ -28,10 +28,10 @@ class Result(NamedTuple):
 class Buffer:
     """``tensor`` inside a larger allocation; ``odd``: shifted by one element, rows further apart than their width."""
 
-    def __init__(self, tensor: Tensor, odd: bool) -> None:
+    def __init__(self, tensor: Tensor, odd: bool, device: str = "cpu") -> None:
         n, width = tensor.shape
         stride, lead = (width + 3, 1) if odd else (width, 64)
-        self.memory = torch.empty(lead + n * stride + 64, dtype=tensor.dtype)
+        self.memory = torch.empty(lead + n * stride + 64, dtype=tensor.dtype, device=device)
         self.bytes = self.memory.view(torch.uint8)
         self.bytes.fill_(SENTINEL)
         self.rows = self.memory.as_strided((n, width), (stride, 1), lead)
@@ -59,6 +59,10 @@ class Runner:
 
     def __str__(self) -> str:
         return self.name if self.isa is None else f"{self.name}-{self.isa}"
+
+    @property
+    def device(self) -> str:
+        return getattr(dispatch.NATIVE.get(self.name), "DEVICE", "cuda" if self.name == "cuda" else "cpu")
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -95,15 +99,18 @@ class Runner:
         threads: int = 1,
     ) -> Result:
         """Run on copies; ``trace`` is a number of columns, NaN where the backend writes nothing."""
-        rows = Buffer(h, odd)
-        steps = None if delta is None else Buffer(delta, odd).rows
-        columns = torch.full((h.shape[0], trace), torch.nan) if trace else None
+        device = self.device
+        rows = Buffer(h, odd, device)
+        steps = None if delta is None else Buffer(delta, odd, device).rows
+        columns = torch.full((h.shape[0], trace), torch.nan, device=device) if trace else None
         if self.name == "cpu":
             y = self._run_native(rows.rows, slot, tables, weight, bias, eps, norm, steps, columns, odd, threads)
         else:
             run = dispatch.RUNNERS[self.name]
-            y = run(rows.rows, slot, tables, weight, bias, eps, norm, steps, columns)
-        return Result(rows.take(), y, columns)
+            there = [None if t is None else t.to(device) for t in (slot, weight, bias)]
+            tables = Tables(*(table.to(device) for table in tables))
+            y = run(rows.rows, there[0], tables, *there[1:], eps, norm, steps, columns)
+        return Result(*(None if t is None else t.cpu() for t in (rows.take(), y, columns)))
 
     def _run_native(
         self,
@@ -137,4 +144,5 @@ class Runner:
 
 
 BACKENDS = [Runner("reference"), *(Runner("cpu", isa) for isa in ("avx512", "avx2", "portable"))]
+BACKENDS += [gpu for gpu in (Runner("triton"), Runner("cuda")) if not gpu.unusable()]
 NATIVE = BACKENDS[1:]

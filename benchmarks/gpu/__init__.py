@@ -1,0 +1,1 @@
+"""Parts of the GPU gate, see ``benchmarks/gpu_gate.py``."""

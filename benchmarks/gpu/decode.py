@@ -1,0 +1,217 @@
+"""Decode steps of random-weight models: stock, hooks, our norms without an edit, steered; eager, graph, compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+import steerkern as sk
+from benchmarks.shapes import SHAPES
+from steerkern.ops import dispatch
+from steerkern.timing import ablation_hooks, generate_exactly
+
+from .device import Device, Run, interleaved, quartiles, ratio
+
+MODELS = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 128},
+    "0.5B": SHAPES["0.5B"],
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
+PROMPT = 32
+
+
+def model_of(name: str, device: Device) -> LlamaForCausalLM:
+    """Seeded random weights in bf16, made on the device."""
+    torch.manual_seed(0)
+    config = LlamaConfig(pad_token_id=0, bos_token_id=1, eos_token_id=None, **MODELS[name])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device.name):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def unit_of(model: LlamaForCausalLM) -> Tensor:
+    v = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.normalize(v, dim=0)
+
+
+@contextlib.contextmanager
+def session(model: LlamaForCausalLM, plan: sk.Plan, backend: str, rows: int | None) -> Iterator[sk.Session]:
+    """Steering by one backend; with ``rows``, our norms stand in the model and no row is steered."""
+    with sk.steer(model, plan, backend=backend, silent="ignore") as attached:
+        if rows is not None:
+            attached.rows([None] * rows)
+        yield attached
+
+
+def settings(
+    device: Device, model: LlamaForCausalLM, rows: int
+) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """Every way of running the model, by name."""
+    unit = unit_of(model)
+    plan = sk.Plan(sk.ablate(unit), name="gate")
+    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "stock": contextlib.nullcontext,
+        "stock again": contextlib.nullcontext,
+        "hooks": lambda: ablation_hooks(model, unit),
+    }
+    for backend in device.backends:
+        if not dispatch.backends()[backend]:
+            ways[f"{backend}, unsteered"] = lambda backend=backend: session(model, plan, backend, rows)
+            ways[f"{backend}, steered"] = lambda backend=backend: session(model, plan, backend, None)
+    return ways
+
+
+def prompts(model: LlamaForCausalLM, device: Device, rows: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, model.config.vocab_size, (rows, PROMPT), generator=generator).to(device.name)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def correct(device: Device, model: LlamaForCausalLM) -> dict[str, float]:
+    """Distance of the steered logits to the hook's over the distance of the hook's to the stock model's."""
+    inputs = prompts(model, device, 2)
+    with torch.no_grad():
+        logits = {}
+        for name, setting in settings(device, model, 2).items():
+            with setting():
+                logits[name] = model(**inputs).logits.float()
+    found = distances(logits)
+    for name, distance in found.items():
+        # random weights in bf16 round differently in each layer; a wrong edit is at 1 or above
+        assert distance < 0.7, f"{name}: {distance} of the effect away from what it should be"
+    return found
+
+
+def distances(logits: dict[str, Tensor]) -> dict[str, float]:
+    """How far each way is from the hook, if it steers, else from stock; 1 is the distance between these two."""
+    if "hooks" not in logits:
+        return {}
+    effect, found = (logits["hooks"] - logits["stock"]).norm(), {}
+    for name, own in logits.items():
+        wanted = logits["hooks"] if name.endswith(" steered") else logits["stock"]
+        if name != "hooks":
+            found[name] = round(float((own - wanted).norm() / effect), 4)
+    return found
+
+
+def summary(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
+    return {
+        "tokens_per_second": {name: round(tokens / quartiles(v)[1], 3) for name, v in seconds.items()},
+        "over_stock": {name: ratio(seconds["stock"], v) for name, v in seconds.items()},
+    }
+
+
+def eager(device: Device, model: LlamaForCausalLM, rows: int) -> dict[str, Any]:
+    """Greedy ``generate``, prompt included."""
+    inputs, tokens, rounds = prompts(model, device, rows), 4 if device.dry else 32, 2 if device.dry else 5
+    ways = settings(device, model, rows)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    host = Device()
+    for number in range(-1, rounds):
+        for name in list(ways) if number % 2 else list(ways)[::-1]:
+            with ways[name]():
+                device.synchronize()
+
+                def run() -> None:
+                    generate_exactly(model, inputs, tokens)
+                    device.synchronize()
+
+                taken = host.timed(run)
+            if number >= 0:
+                seconds[name].append(taken)
+    return summary(seconds, rows * tokens)
+
+
+class Steps:
+    """Decode steps of one model over a static cache, the prompt and one token already in it."""
+
+    def __init__(self, device: Device, model: LlamaForCausalLM, rows: int) -> None:
+        self.model = model
+        self.cache = StaticCache(config=model.config, max_cache_len=256)
+        self.token = torch.full((rows, 1), 5, device=device.name)
+        self.position = torch.full((1,), PROMPT, device=device.name)
+        inputs = prompts(model, device, rows)
+        self.named = "cache_position" in inspect.signature(type(model.model).forward).parameters
+        with torch.no_grad():
+            model(input_ids=inputs["input_ids"], past_key_values=self.cache, use_cache=True)
+        self.step()
+
+    @torch.no_grad()
+    def step(self, forward: Callable[..., Any] | None = None) -> None:
+        """One token; addresses stay the same from step to step."""
+        options: dict[str, Any] = {"position_ids": self.position.expand(self.token.shape[0], 1)}
+        if self.named:
+            options["cache_position"] = self.position
+        out = (forward or self.model)(
+            input_ids=self.token, past_key_values=self.cache, use_cache=True, **options
+        )
+        self.position += 1
+        self.logits: Tensor = out.logits
+
+
+def captured(device: Device, model: LlamaForCausalLM, rows: int) -> dict[str, Any]:
+    """One decode step as a CUDA graph, replayed; what cannot be captured says why."""
+    graphs: dict[str, Run] = {}
+    logits: dict[str, Tensor] = {}
+    failed: dict[str, str] = {}
+    kept: list[Any] = []  # sessions own the tables that the graphs read
+    for name, setting in settings(device, model, rows).items():
+        try:
+            with setting() as attached:
+                steps = Steps(device, model, rows)
+                graphs[name] = device.graph(steps.step)
+                kept += [attached, steps]
+                if device.dry:
+                    logits[name] = steps.logits.float()  # detached, it would be the stock model's step
+            if not device.dry:
+                graphs[name]()
+                device.synchronize()
+                logits[name] = steps.logits.float().clone()
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"[:400]
+            device.synchronize()
+    if "stock" not in graphs:
+        return {"failed": failed}
+    # far fewer replays than the cache is long
+    seconds = interleaved(device, graphs, 3 if device.dry else 20)
+    return {**summary(seconds, rows), "logits": distances(logits), "failed": failed}
+
+
+def compiled(device: Device, model: LlamaForCausalLM, rows: int, left: Callable[[], float]) -> dict[str, Any]:
+    """Decode steps under torch.compile with a static cache, one way after the other, each against stock before it."""
+    count = 2 if device.dry else 40
+    seconds: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
+    options: dict[str, Any] = {"backend": "eager"} if device.dry else {"mode": "reduce-overhead"}
+    for name, setting in settings(device, model, rows).items():
+        if left() < 45:
+            failed[name] = "no time left"
+            continue
+        try:
+            torch._dynamo.reset()
+            with setting():
+                steps = Steps(device, model, rows)
+                forward = torch.compile(model.forward, **options)
+                for _ in range(2 if device.dry else 5):
+                    steps.step(forward)
+                device.synchronize()
+                seconds[name] = [device.timed(lambda steps=steps, f=forward: steps.step(f)) for _ in range(count)]
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"[:400]
+    torch._dynamo.reset()
+    if "stock" not in seconds:
+        return {"failed": failed}
+    return {**summary(seconds, rows), "failed": failed}

@@ -1,0 +1,275 @@
+"""The fused op on its own: against the unsteered kernel of the same backend, torch, hooks and torch.compile."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steerkern.ops import dispatch, reference
+from steerkern.ops.schemas import Flag, Norm, Tables
+
+from .device import Device, Run, interleaved, quartiles, ratio
+
+EPS = 1e-6
+DTYPE = torch.bfloat16
+
+
+@dataclass
+class Buffers:
+    """One set of what a call reads and writes; calls go from set to set, so that none finds its rows in the L2."""
+
+    h: Tensor
+    delta: Tensor
+    y: Tensor
+
+
+def buffers(device: Device, n: int, width: int) -> list[Buffers]:
+    """As many sets as overfill the L2 two and a half times, at most 256."""
+    size = 3 * n * width * DTYPE.itemsize
+    count = max(2, min(256, int(2.5 * device.cache_bytes) // size + 1)) if not device.dry else 2
+    made = []
+    for _ in range(count):
+        h = torch.randn(n, width, device=device.name).to(DTYPE)
+        # a small step: h grows by it in every call
+        made.append(Buffers(h, (1e-3 * torch.randn_like(h)).to(DTYPE), torch.empty_like(h)))
+    return made
+
+
+def ablation(k: int, width: int, plans: int, device: Device) -> Tables:
+    """``plans`` slots that ablate ``k`` orthonormal directions each, of their own."""
+    torch.manual_seed(0)
+    random = torch.randn(plans, width, k, device=device.name)
+    bank = torch.linalg.qr(random)[0].transpose(1, 2).reshape(plans * k, width).contiguous()
+    links = torch.full((4, plans * k), -1, dtype=torch.int32)
+    links[0] = torch.arange(plans * k)
+    links[3] = int(Flag.READ | Flag.WRITE)
+    fields = torch.tensor([0.0, 1.0, -torch.inf, torch.inf, 1.0, -torch.inf, torch.inf])
+    span = torch.tensor([[p * k, k, 0] for p in range(plans)], dtype=torch.int32)
+    small = (links, fields[:, None].repeat(1, plans * k), span, torch.ones(plans))
+    return Tables(bank, *(t.to(device.name) for t in small))
+
+
+Side = Callable[[Buffers], Any]
+
+
+def fused(
+    device: Device, backend: str, tables: Tables, slot: Tensor | None, weight: Tensor, **tuning: Any
+) -> Side:
+    """The op of a backend through its bound kernel; ``slot`` None: no row is steered."""
+    if backend == "reference":
+        run = dispatch.RUNNERS["reference"]
+
+        def call(b: Buffers) -> None:
+            y = run(b.h, slot, tables, weight, None, EPS, Norm.LLAMA, b.delta, None)
+            assert y is not None
+            b.y.copy_(y)
+
+        return call
+    kernel = importlib.import_module(f"steerkern.ops.{backend}").bind(tables, weight.numel(), DTYPE, Norm.LLAMA, EPS)
+    if tuning:
+        kernel.tune(**tuning)
+    where = (0 if slot is None else slot.data_ptr(), weight.data_ptr(), 0)
+
+    def launch(b: Buffers) -> None:
+        n, width = b.h.shape
+        kernel.full(
+            n, b.h.data_ptr(), width, *where, b.y.data_ptr(), b.delta.data_ptr(), width, 0, 0, device.last_argument()
+        )
+
+    launch.keep = (slot, weight, tables)  # type: ignore[attr-defined]
+    return launch
+
+
+def torch_norm(weight: Tensor) -> Side:
+    """Add and ``F.rms_norm``: two kernels."""
+
+    def call(b: Buffers) -> None:
+        b.h.add_(b.delta)
+        b.y.copy_(F.rms_norm(b.h, (weight.numel(),), weight, EPS))
+
+    return call
+
+
+def hooked(weight: Tensor, directions: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What a hook and the norm of transformers do, operation by operation."""
+    rows = directions.to(DTYPE)
+
+    def call(h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        h = h + delta
+        h = h - (h @ rows.T) @ rows
+        wide = h.float()
+        unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+        return h, weight * unit.to(h.dtype)
+
+    return call
+
+
+def apart(call: Callable[[Tensor, Tensor], Any]) -> Side:
+    return lambda b: call(b.h, b.delta)
+
+
+def check(side: Side, tables: Tables, slot: Tensor, weight: Tensor, b: Buffers) -> float:
+    """Relative error of a steered side against the reference, before anything is timed."""
+    h, delta = b.h[:64].clone(), b.delta[:64].clone()
+    mine = Buffers(h, delta, torch.full_like(h, torch.nan))
+    edited, y = reference.steer(h.clone(), slot[:64], tables, weight, None, EPS, Norm.LLAMA, delta)
+    side(mine)
+    assert y is not None
+    errors = [float((a.float() - c.float()).norm() / c.float().norm()) for a, c in ((mine.h, edited), (mine.y, y))]
+    worst = max(errors)
+    assert worst < 5e-3, f"relative error {worst:.3g}"  # bf16: 2^-9 per rounding
+    return worst
+
+
+def timed(device: Device, sides: dict[str, Side], sets: Sequence[Buffers], rounds: int) -> dict[str, list[float]]:
+    """Seconds per call: each side captured as one graph of calls over all sets, replayed in turn."""
+    calls = max(len(sets), 2 if device.dry else 16)
+
+    def unit(side: Side) -> Run:
+        def run() -> None:
+            for i in range(calls):
+                side(sets[i % len(sets)])
+
+        return device.graph(run)
+
+    graphs = {name: unit(side) for name, side in sides.items()}
+    seconds = interleaved(device, graphs, rounds)
+    return {name: [s / calls for s in values] for name, values in seconds.items()}
+
+
+def grid(device: Device) -> Iterator[tuple[int, int]]:
+    """(N, H), what matters most first."""
+    if device.dry:
+        yield from ((1, 64), (8, 64))
+        return
+    for width in (4096, 2048, 8192):
+        for n in (1, 2048, 64, 8, 8192, 32768, 256):
+            yield n, width
+
+
+def measure(
+    device: Device, backend: str, n: int, width: int, copy_rate: float, compiled: bool = False
+) -> dict[str, Any]:
+    """One shape of one backend: every K, 1 against 256 plans, and what it replaces."""
+    weight = (torch.rand(width, device=device.name) + 0.5).to(DTYPE)
+    sets = buffers(device, n, width)
+    slot = torch.zeros(n, dtype=torch.int32, device=device.name)
+    programs = {k: ablation(k, width, 1, device) for k in (1, 4, 16)}
+    sides = {"unsteered": fused(device, backend, programs[1], None, weight)}
+    for k, tables in programs.items():
+        sides[f"K={k}"] = fused(device, backend, tables, slot, weight)
+    plans = min(n, 256)
+    own = torch.arange(n, device=device.name, dtype=torch.int32) % plans
+    many = ablation(1, width, plans, device)
+    if n >= 8:
+        sides[f"K=1, {plans} plans"] = fused(device, backend, many, own, weight)
+    errors = {}
+    few = min(n, 64)
+    for k, tables in programs.items():
+        errors[f"K={k}"] = check(fused(device, backend, tables, slot[:few], weight), tables, slot, weight, sets[0])
+    errors["plans"] = check(fused(device, backend, many, own[:few], weight), many, own, weight, sets[0])
+    hook = hooked(weight, programs[1].bank)
+    sides["add and F.rms_norm"] = torch_norm(weight)
+    sides["hook K=1"] = apart(hook)
+    if compiled:
+        sides["compiled hook K=1"] = apart(torch.compile(hook, dynamic=False))
+    seconds = timed(device, sides, sets, 3 if device.dry else 15)
+    moved = 4 * n * width * DTYPE.itemsize  # h and delta in, h and y out
+    return {
+        "backend": backend, "n": n, "width": width, "dtype": str(DTYPE), "sets": len(sets),
+        "us": {name: [1e6 * s for s in quartiles(values, 9)] for name, values in seconds.items()},
+        "over_unsteered": {name: ratio(values, seconds["unsteered"]) for name, values in seconds.items()},
+        "of_copy": {
+            name: round(moved / quartiles(seconds[name], 9)[1] / copy_rate, 4) for name in ("unsteered", "K=1", "K=16")
+        },
+        "plans_over_one": ratio(seconds[f"K=1, {plans} plans"], seconds["K=1"]) if n >= 8 else None,
+        "relative_error": {name: round(e, 6) for name, e in errors.items()},
+    }  # fmt: skip
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no dependent launch": {"dependent": False},
+    "Gram": {"gram": True},
+    "4 warps": {"warps": 4},
+    "16 warps": {"warps": 16},
+    "cluster of 2": {"cluster": 2},
+    "cluster of 4": {"cluster": 4},
+    "cluster of 8": {"cluster": 8},
+}
+
+
+def variants(device: Device, n: int, width: int, k: int) -> dict[str, Any]:
+    """One shape of the CUDA backend, launched in every way there is."""
+    backend = device.backends[0]
+    weight = (torch.rand(width, device=device.name) + 0.5).to(DTYPE)
+    sets, tables = buffers(device, n, width), ablation(k, width, 1, device)
+    slot = torch.zeros(n, dtype=torch.int32, device=device.name)
+    ways = {"default": {}, "again": {}} if device.dry else {**VARIANTS, "again": {}}
+    sides = {name: fused(device, backend, tables, slot, weight, **way) for name, way in ways.items()}
+    few = slot[: min(n, 64)]
+    for way in ways.values():
+        check(fused(device, backend, tables, few, weight, **way), tables, slot, weight, sets[0])
+    sides["unsteered"] = fused(device, backend, tables, None, weight)
+    if not device.dry:
+        sides["unsteered, no dependent launch"] = fused(device, backend, tables, None, weight, dependent=False)
+    seconds = timed(device, sides, sets, 3 if device.dry else 15)
+    return {
+        "n": n, "width": width, "k": k,
+        "us": {name: [1e6 * s for s in quartiles(values, 9)] for name, values in seconds.items()},
+        "over_default": {name: ratio(values, seconds["default"]) for name, values in seconds.items()},
+    }  # fmt: skip
+
+
+def variant_grid(device: Device) -> list[tuple[int, int, int]]:
+    if device.dry:
+        return [(2, 64, 1)]
+    return [(n, width, k) for width in (4096, 2048, 8192) for n in (1, 2048, 64, 8) for k in (1, 16)]
+
+
+def calls(device: Device) -> dict[str, float]:
+    """Host microseconds of one call at N=1, nobody waiting for the device in between."""
+    width = 64 if device.dry else 4096
+    weight = torch.ones(width, device=device.name, dtype=DTYPE)
+    b = buffers(device, 1, width)[0]
+    tables, slot = ablation(1, width, 1, device), torch.zeros(1, dtype=torch.int32, device=device.name)
+    op = torch.ops.steerkern.steer_norm_
+    sides: dict[str, Run] = {
+        "F.rms_norm": lambda: F.rms_norm(b.h, (width,), weight, EPS),
+        "registered op": lambda: op(b.h, slot, *tables, weight, None, EPS, int(Norm.LLAMA), b.delta),
+    }
+    for backend in device.backends:
+        if not dispatch.backends()[backend]:
+            side = fused(device, backend, tables, slot, weight)
+            sides[backend] = lambda side=side: side(b)  # type: ignore[misc]
+    repeats = 20 if device.dry else 200
+    host = Device()  # its clock
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(9):
+        for name, run in sides.items():
+            device.synchronize()
+            taken[name].append(host.timed(lambda run=run: [run() for _ in range(repeats)]) / repeats)  # type: ignore[misc]
+    return {name: round(1e6 * quartiles(values, 9)[1], 3) for name, values in taken.items()}
+
+
+def copy_rate(device: Device) -> dict[str, float]:
+    """Bytes per second, read and written, of a large copy and of one the size of 2048 rows of 4096."""
+    found = {}
+    for name, size in (("large", 1 << 30), ("16 MiB", 1 << 24)) if not device.dry else (("large", 1 << 20),):
+        count = max(1, min(16, int(2.5 * device.cache_bytes) // (2 * size) + 1))
+        pairs = [(torch.ones(size, dtype=torch.uint8, device=device.name), None) for _ in range(count)]
+        targets = [torch.empty_like(source) for source, _ in pairs]
+
+        def run(pairs: Any = pairs, targets: Any = targets) -> None:
+            for (source, _), target in zip(pairs, targets, strict=True):
+                target.copy_(source)
+
+        seconds = interleaved(device, {"copy": device.graph(run)}, 3 if device.dry else 15)["copy"]
+        found[name] = 2.0 * size * count / quartiles(seconds, 9)[1]
+    return found
