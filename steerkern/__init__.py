@@ -1,9 +1,11 @@
 """Activation steering inside the normalisation kernel of a language model's decode loop."""
 
 from .artifacts import Fingerprint
+from .decisions import Condition, Latch, Read, Term, cast
 from .directions import Direction, Directions
 from .edits import Edit, ablate, add, cap, clamp, probe, rotate
 from .errors import ArtifactError, BackendError, PlanError, SteerkernError
+from .markers import marker
 from .plan import Plan
 from .program import Capacity, Site
 from .runtime.receipt import Receipt
@@ -16,21 +18,27 @@ __all__ = [
     "ArtifactError",
     "BackendError",
     "Capacity",
+    "Condition",
     "Direction",
     "Directions",
     "Edit",
     "Fingerprint",
+    "Latch",
     "Plan",
     "PlanError",
+    "Read",
     "Receipt",
     "Session",
     "Site",
     "SteerkernError",
+    "Term",
     "Tokens",
     "ablate",
     "add",
     "cap",
+    "cast",
     "clamp",
+    "marker",
     "probe",
     "rotate",
     "steer",

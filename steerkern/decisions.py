@@ -97,11 +97,12 @@ class Term:
         """``[B, H]`` to ``[B]``."""
         h = states.float()
         unit = (self.vector / self.vector.norm()).to(h.device)
-        along = h @ unit
+        along: Tensor = h @ unit
         if self.measure == "coordinate":
             return self.weight * along
         other = unit.expand_as(h) if self.measure == "cosine" else torch.tanh(along[:, None] * unit)
-        return self.weight * torch.nn.functional.cosine_similarity(h, other, dim=-1)
+        similarity: Tensor = torch.nn.functional.cosine_similarity(h, other, dim=-1)
+        return self.weight * similarity
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from .artifacts import (
     take,
     write_folder,
 )
+from .decisions import Gains, Latch
 from .edits import Edit
 from .errors import ArtifactError, PlanError
 from .ops.schemas import MAX_ENTRIES
@@ -34,10 +35,12 @@ class Plan:
         edits: one :class:`Edit` or several; they act simultaneously on the row as it arrived.
         layers: ``"all"``, a layer number, or several. Layers count decoder blocks from 0.
         site: ``resid_pre`` (input of the block), ``resid_mid`` (after attention) or ``resid_post`` (output).
-        scope: ``"all"``, ``"prompt"``, ``"decode"``, prompt positions such as ``-1`` or ``(-1, -5)``, or
-            :class:`Tokens`.
+        scope: ``"all"``, ``"prompt"``, ``"decode"``, ``"reply"`` (the last prompt token and all after it), prompt
+            positions such as ``-1`` or ``(-1, -5)``, or :class:`Tokens`.
         keep_norm: rescale each edited row to the norm with which it arrived.
         scale: multiplies what every edit adds to the row; 1 is the edit as written.
+        latch: the plan acts only in requests whose prompt opens it, see :class:`~steerkern.decisions.Latch`.
+        controller: gives each request one strength per layer, see :class:`~steerkern.controller.Controller`.
 
     Raises:
         ValueError, TypeError: an argument outside what is allowed.
@@ -62,13 +65,16 @@ class Plan:
         scope: Scope = "all",
         keep_norm: bool = False,
         scale: float = 1.0,
+        latch: Latch | None = None,
+        controller: Gains | None = None,
         name: str = "plan",
     ) -> None:
         several = (edits,) if isinstance(edits, Edit) else edits
         if not isinstance(several, Sequence) or not several or not all(isinstance(e, Edit) for e in several):
             raise TypeError(f"edits must be one Edit or several, got {reprlib.repr(edits)}")
         size = finite(scale, "scale", nonzero=True)
-        step = Step(tuple(several), parse_layers(layers), site, parse_scope(scope), bool(keep_norm), size)
+        tokens = parse_scope(scope)
+        step = Step(tuple(several), parse_layers(layers), site, tokens, bool(keep_norm), size, latch, controller)
         self._set(check_name(name, "plan name"), (step,))
 
     def _set(self, name: str, steps: tuple[Step, ...]) -> None:
@@ -143,7 +149,8 @@ class Plan:
             ArtifactError: the folder cannot be written, or the plan is over a limit of the format.
         """
         tensors: dict[str, Tensor] = {}
-        steps = [step_to_json(step, i, tensors) for i, step in enumerate(self.steps)]
+        controllers: list[Gains] = []
+        steps = [step_to_json(step, i, tensors, controllers) for i, step in enumerate(self.steps)]
         header = {"name": self.name, "model": fingerprint_to_json(self.model), "steps": steps}
         write_folder(folder, "plan", header, tensors)
 
@@ -158,7 +165,8 @@ class Plan:
         try:
             take(header, "the file", ("name", "model", "steps"))
             model = fingerprint_from_json(header["model"])
-            steps = tuple(step_from_json(step, tensors, model) for step in expect(header["steps"], list, "steps"))
+            given, controllers = expect(header["steps"], list, "steps"), dict[int, Gains]()
+            steps = tuple(step_from_json(step, tensors, model, controllers) for step in given)
             if not steps:
                 raise ValueError("a plan needs at least one step, got none")
             return Plan._of(check_name(header["name"], "plan name"), steps)

@@ -1,36 +1,32 @@
 """Programs: plans packed into device tables of fixed capacity and address, changed while the model runs.
 
-A *slot* is one combination of plan steps, as one row of a forward sees them. The kernels read, per site, the slot's
-span of entries; a step that does not reach a site has none there. The entries of a slot stand together, and those of
-all slots without a gap: what a removed slot leaves is closed at once.
+A *slot* is what a row of a forward is steered by: one combination of plan steps, and, where a controller weighs them,
+one *owner*, the request whose gains the slot holds. Per site the kernels read the slot's span of entries; a step that
+does not reach a site has none there. The entries of a combination stand together and are shared by its slots; what the
+last of these leaves is closed at once.
+
+Slots are taken on first use and given back when their plan or their owner goes, or when another combination needs one
+and nobody used them since :meth:`Program.begin`. A slot counts its generations: what was remembered of a slot holds as
+long as the generation does, so a slot that was given to somebody else is never taken for the old one.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .edits import Edit, Rows
 from .errors import PlanError
-from .ops.schemas import MAX_ENTRIES, Field, Flag, Link, Mode, Tables
+from .ops.schemas import Field, Link, Tables
+from .packing import Held, Meeting, Packed, Site, distinct, pack, vectors, who
 from .plan import Plan
 from .steps import Step
 from .vectors import finite
 
-
-class Site(NamedTuple):
-    """One place in the model, by block and name; ``Site(L - 1, "resid_post")`` is the final norm's input."""
-
-    layer: int
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.name}[{self.layer}]"
+__all__ = ["Capacity", "Held", "Lease", "Program", "Site", "StepKey", "needs"]
 
 
 class Capacity(NamedTuple):
@@ -44,25 +40,25 @@ class Capacity(NamedTuple):
 StepKey = tuple[str, int]
 """A plan's name and the number of the step in it."""
 
+Combination = frozenset[StepKey]
+
+
+class Lease(NamedTuple):
+    """A slot and the generation for which it was given."""
+
+    slot: int
+    generation: int
+
 
 @dataclass
-class Held:
-    """A plan in the program."""
+class Block:
+    """The entries of one combination and the slots that share them."""
 
-    plan: Plan
-    bank_rows: dict[int, list[int]]
-    """``id`` of a :class:`~steerkern.edits.Rows` or Gate of the plan -> bank rows of its vectors."""
-    scale: float = 1.0
-
-
-@dataclass
-class Packed:
-    """The entries of one slot over all sites, as columns of ``links`` and ``fields``."""
-
-    links: list[list[int]] = field(default_factory=list)
-    fields: list[list[float]] = field(default_factory=list)
-    spans: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Site, first entry within the slot, number of entries, :class:`Mode`."""
+    first: int
+    size: int
+    spans: Tensor
+    """``[sites reached, 4]`` int64: site, first entry within the block, number of entries, mode."""
+    slots: set[int] = field(default_factory=set)
 
 
 class Program:
@@ -101,9 +97,16 @@ class Program:
         self._links, self._fields, self._span = (t.to(self.device) for t in host)
         self.gain = torch.ones(len(self.sites), capacity.slots, device=self.device)
         """``[sites, S]`` float32: what a controller writes."""
+        self.version = 0
+        """Counts the changes after which a row map made before may name slots that mean something else."""
         self._held: dict[str, Held] = {}
-        self._slots: dict[frozenset[StepKey], int] = {}
-        self._blocks: dict[int, tuple[int, int]] = {}  # slot -> first and number of its entries over all sites
+        self._slots: dict[tuple[Combination, Hashable], int] = {}
+        self._keys: dict[int, tuple[Combination, Hashable]] = {}
+        self._blocks: dict[Combination, Block] = {}
+        self._gains: dict[Hashable, Tensor] = {}  # owner -> [sites]
+        self._generation = [0] * capacity.slots
+        self._used = [0] * capacity.slots
+        self._epoch = 1
         self._free_slots = list(range(capacity.slots - 1, -1, -1))
         self._free_rows = list(range(capacity.rows - 1, -1, -1))
         self._filled = 0  # entries in use: 0.._filled-1
@@ -122,22 +125,28 @@ class Program:
     def __contains__(self, name: str) -> bool:
         return name in self._held
 
-    def reach(self, step: Step) -> tuple[int, ...]:
-        """Numbers of the sites that a step writes.
+    # which sites a step reaches
+
+    def places(self, step: Step) -> dict[int, int]:
+        """Site number -> layer as the plan counts it: ``resid_post[l]`` may stand at the site ``resid_pre[l + 1]``.
 
         Raises:
-            PlanError: a layer or site that the model does not have.
+            PlanError: a layer or site that the model does not have, or that the step's controller does not weigh.
         """
-        return tuple(self._places(step))
-
-    def _places(self, step: Step) -> dict[int, int]:
-        """Site number -> layer as the plan counts it: ``resid_post[l]`` may stand at the site ``resid_pre[l + 1]``."""
         named: Iterable[int] | None = step.layers
         if named is None:  # the edits of a step agree about their layers
             named = step.edits[0].layers or range(self._layers)
-        return {self._number(layer, step.site): layer for layer in named}
+        found = {self.number(layer, step.site): layer for layer in named}
+        if step.controller is not None and (missing := sorted(set(found.values()) - set(step.controller.layers))):
+            raise PlanError(f"layer {missing[0]}: the controller weighs layers {list(step.controller.layers)}")
+        return found
 
-    def _number(self, layer: int, name: str) -> int:
+    def reach(self, step: Step) -> tuple[int, ...]:
+        """Numbers of the sites that a step writes; PlanError as for :meth:`places`."""
+        return tuple(self.places(step))
+
+    def number(self, layer: int, name: str) -> int:
+        """The number of a site; PlanError if the model has no such one."""
         wanted = Site(layer, name)
         if wanted not in self._numbers and name == "resid_post":
             wanted = Site(layer + 1, "resid_pre")  # only the last block's output is a site of its own
@@ -148,13 +157,18 @@ class Program:
         known = sorted({site.name for site in self.sites if site.layer == layer})
         raise PlanError(f"{Site(layer, name)}: no such site; this block has {', '.join(known) or 'none'}")
 
+    # plans
+
     def check(self, plan: Plan) -> None:
         """Raise PlanError if the plan does not fit this model, before anything is changed."""
         if plan.width != self.width:
             raise PlanError(f"plan {plan.name!r} has width {plan.width}, the model has {self.width}")
         for step in plan.steps:
             try:
-                self._places(step)
+                self.places(step)
+                for decision in step.decisions:
+                    for read in decision.reads:
+                        self.number(read.layer, read.site)
             except PlanError as error:
                 raise PlanError(f"{error}, plan {plan.name!r}") from None
 
@@ -167,26 +181,29 @@ class Program:
         if plan.name in self._held:
             raise PlanError(f"plan {plan.name!r} is in this session already; remove it or name the new one otherwise")
         self.check(plan)
-        parts = {part: stack for step in plan.steps for edit in step.edits for part, stack in _vectors(edit).items()}
-        vectors = _distinct(parts.values())
+        parts = {part: stack for step in plan.steps for edit in step.edits for part, stack in vectors(edit).items()}
+        needed = distinct(parts.values())
         free = len(self._free_rows)
-        if len(vectors) > free:
+        if len(needed) > free:
             raise PlanError(
-                f"plan {plan.name!r} needs {len(vectors)} bank rows, {free} of {self.capacity.rows} are free"
+                f"plan {plan.name!r} needs {len(needed)} bank rows, {free} of {self.capacity.rows} are free"
             )
-        taken = {address: self._free_rows.pop() for address in vectors}
-        for address, vector in vectors.items():
+        taken = {address: self._free_rows.pop() for address in needed}
+        for address, vector in needed.items():
             self._bank[taken[address]].copy_(vector)
         rows = {part: [taken[vector.data_ptr()] for vector in stack] for part, stack in parts.items()}
         self._held[plan.name] = Held(plan, rows)
+        self.version += 1
 
     def remove(self, name: str) -> None:
         """Forget a plan, its slots and its bank rows; PlanError if there is none of that name."""
         held = self.get(name)
-        for key in [key for key in self._slots if any(plan == name for plan, _ in key)]:
-            self._release(key)
+        for slot, (key, _) in list(self._keys.items()):
+            if any(plan == name for plan, _ in key):
+                self._release(slot)
         self._free_rows.extend({row for rows in held.bank_rows.values() for row in rows})
         del self._held[name]
+        self.version += 1
         self._upload()
 
     def set_scale(self, name: str, scale: float) -> None:
@@ -204,25 +221,11 @@ class Program:
         except ValueError as error:
             raise PlanError(str(error)) from None
         held.scale = number
-        for key, slot in self._slots.items():
+        for key, block in self._blocks.items():
             if any(plan == name for plan, _ in key):
-                first, size = self._blocks[slot]
-                self._host_fields[:, first : first + size] = torch.tensor(self._pack(key).fields).T
+                here = slice(block.first, block.first + block.size)
+                self._host_fields[:, here] = torch.tensor(self._pack(key).fields).T
         self._upload()
-
-    def slot(self, steps: Iterable[StepKey]) -> int:
-        """The slot of a combination of steps, made on first use; -1 for no step.
-
-        Raises:
-            PlanError: an unknown plan, more than 64 entries on a row, steps that disagree on ``keep_norm``, or a full
-                table.
-        """
-        key = frozenset(steps)
-        if not key:
-            return -1
-        if key not in self._slots:
-            self._allocate(key)
-        return self._slots[key]
 
     def get(self, name: str) -> Held:
         """What is held under a name; PlanError if nothing is."""
@@ -231,7 +234,80 @@ class Program:
             raise PlanError(f"no plan {name!r} in this session; known are {known}")
         return self._held[name]
 
-    def _steps(self, key: frozenset[StepKey]) -> list[tuple[Held, Step]]:
+    # slots
+
+    def begin(self) -> None:
+        """Start a new row map: slots that it does not ask for may be given to what it asks for."""
+        self._epoch += 1
+
+    def slot(self, steps: Iterable[StepKey], owner: Hashable = None) -> int:
+        """The slot of a combination of steps, made on first use; -1 for no step.
+
+        With an ``owner`` the slot is his alone and carries his gains.
+
+        Raises:
+            PlanError: an unknown plan, steps that cannot meet on a row, or a table that is full.
+        """
+        key = frozenset(steps)
+        if not key:
+            return -1
+        slot = self._slots.get((key, owner))
+        if slot is None:
+            slot = self._allocate(key, owner)
+        self._used[slot] = self._epoch
+        return slot
+
+    def lease(self, steps: Iterable[StepKey], owner: Hashable = None) -> Lease:
+        """:meth:`slot` with the generation that says how long it means the same."""
+        slot = self.slot(steps, owner)
+        return Lease(slot, self._generation[slot] if slot >= 0 else 0)
+
+    def keeps(self, lease: Lease) -> bool:
+        """Whether a lease still holds; if so, its slot counts as used by the current row map."""
+        slot, generation = lease
+        if slot < 0:
+            return True
+        if self._generation[slot] != generation:
+            return False
+        self._used[slot] = self._epoch
+        return True
+
+    def set_gains(self, owners: Sequence[Hashable], gains: Tensor) -> None:
+        """Give each owner his gains ``[sites, len(owners)]``; a device operation, without waiting for it."""
+        columns = gains.to(self.gain.device, torch.float32)
+        for i, owner in enumerate(owners):
+            self._gains[owner] = columns[:, i]
+        at = [(slot, column) for column, owner in enumerate(owners) for slot in self._slots_of(owner)]
+        if at:
+            slots, sources = torch.tensor(at).T
+            self.gain[:, slots.to(self.gain.device)] = columns[:, sources.to(columns.device)]
+
+    def release(self, owners: Iterable[Hashable]) -> None:
+        """Forget owners whose requests ended, with their slots and gains."""
+        leaving = set(owners)
+        for slot, (_, owner) in list(self._keys.items()):
+            if owner in leaving:
+                self._release(slot)
+        for owner in leaving:
+            self._gains.pop(owner, None)
+        self._upload()
+
+    def probe_columns(self, number: int, slot: int, name: str) -> list[int]:
+        """Where a plan's probes stand among the entries of a slot at site ``number``."""
+        columns: list[int] = []
+        at = 0
+        for held, step in self._steps(self._keys[slot][0]):
+            if number in self.places(step):
+                for edit in step.edits:
+                    if edit.kind == "probe" and held.plan.name == name:
+                        columns += range(at + (edit.gate is not None), at + edit.entries)
+                    at += edit.entries
+        return columns
+
+    def _slots_of(self, owner: Hashable) -> list[int]:
+        return [slot for slot, (_, mine) in self._keys.items() if mine == owner]
+
+    def _steps(self, key: Combination) -> list[tuple[Held, Step]]:
         """The steps of a slot in the order of the plans, which fixes the order of its entries."""
         order = {name: i for i, name in enumerate(self._held)}
         for name, _ in key:
@@ -239,73 +315,73 @@ class Program:
         ordered = sorted(key, key=lambda k: (order[k[0]], k[1]))
         return [(self._held[name], self._held[name].plan.steps[i]) for name, i in ordered]
 
-    def _pack(self, key: frozenset[StepKey]) -> Packed:
-        steps = self._steps(key)
-        at_site: dict[int, list[tuple[Held, Step, int]]] = {}
-        for held, step in steps:
-            for number, layer in self._places(step).items():
-                at_site.setdefault(number, []).append((held, step, layer))
-        packed = Packed()
-        for number, here in sorted(at_site.items()):
-            first, mode = len(packed.links), _mode(self.sites[number], here)
-            for held, step, layer in here:
-                for edit in step.edits:
-                    rows = edit.rows[None if None in edit.rows else layer]
-                    _pack_edit(packed, first, edit, rows, held.bank_rows, step.scale * held.scale)
-            size = len(packed.links) - first
-            if size > MAX_ENTRIES:
-                raise PlanError(
-                    f"{self.sites[number]}: plans {_who(held for held, _ in steps)} put {size} entries on one row, "
-                    f"allowed are {MAX_ENTRIES}"
-                )
-            packed.spans.append((number, first, size, mode))
-        return packed
-
-    def probe_columns(self, number: int, slot: int, name: str) -> list[int]:
-        """Where a plan's probes stand among the entries of a slot at site ``number``."""
-        key = next(key for key, s in self._slots.items() if s == slot)
-        columns: list[int] = []
-        at = 0
+    def _pack(self, key: Combination) -> Packed:
+        at_site: dict[int, list[Meeting]] = {}
         for held, step in self._steps(key):
-            if number in self._places(step):
-                for edit in step.edits:
-                    if edit.kind == "probe" and held.plan.name == name:
-                        columns += range(at + (edit.gate is not None), at + edit.entries)
-                    at += edit.entries
-        return columns
+            for number, layer in self.places(step).items():
+                at_site.setdefault(number, []).append(Meeting(held, step, layer))
+        return pack(at_site, self.sites)
 
-    def _allocate(self, key: frozenset[StepKey]) -> None:
-        packed = self._pack(key)
-        first, size = self._filled, len(packed.links)
-        who = _who(held for held, _ in self._steps(key))
-        if not self._free_slots:
-            raise PlanError(f"plans {who} need a slot, all {self.capacity.slots} are taken")
-        free = self.capacity.entries - first
-        if size > free:
-            raise PlanError(f"plans {who} need {size} entries, {free} of {self.capacity.entries} are free")
+    def _allocate(self, key: Combination, owner: Hashable) -> int:
+        packed = None if key in self._blocks else self._pack(key)
+        self._make_room(key, 0 if packed is None else len(packed.links))
+        if key not in self._blocks:  # never was, or went with the slot that made room
+            packed = packed or self._pack(key)
+            first, size = self._filled, len(packed.links)
+            self._host_links[:, first : first + size] = torch.tensor(packed.links, dtype=torch.int32).T
+            self._host_fields[:, first : first + size] = torch.tensor(packed.fields).T
+            self._blocks[key] = Block(first, size, torch.tensor(packed.spans))
+            self._filled += size
+        block = self._blocks[key]
         slot = self._free_slots.pop()
-        self._host_links[:, first : first + size] = torch.tensor(packed.links, dtype=torch.int32).T
-        self._host_fields[:, first : first + size] = torch.tensor(packed.fields).T
-        numbers, starts, counts, modes = torch.tensor(packed.spans).T
-        self._host_span[numbers, slot] = torch.stack([first + starts, counts, modes], 1).int()
-        self.gain[:, slot] = 1.0
-        self._slots[key] = slot
-        self._blocks[slot] = (first, size)
-        self._filled += size
+        numbers, starts, counts, modes = block.spans.T
+        self._host_span[numbers, slot] = torch.stack([block.first + starts, counts, modes], 1).int()
+        self.gain[:, slot] = self._gains.get(owner, 1.0)
+        self._slots[key, owner] = slot
+        self._keys[slot] = key, owner
+        block.slots.add(slot)
+        self._generation[slot] += 1
         self._upload()
+        return slot
 
-    def _release(self, key: frozenset[StepKey]) -> None:
-        """Give a slot back and close the gap that its entries leave."""
-        slot = self._slots.pop(key)
-        first, size = self._blocks.pop(slot)
+    def _make_room(self, key: Combination, size: int) -> None:
+        """Release slots that nobody uses, the longest unused first, until there is one slot and room for ``size``.
+
+        Nothing is released if that would not be enough.
+        """
+        idle = sorted((s for s in self._keys if self._used[s] < self._epoch), key=lambda s: self._used[s])
+        held = self.capacity.entries - self._filled
+        blocks = [b for k, b in self._blocks.items() if k != key and b.slots <= set(idle)]
+        names = who(one for one, _ in self._steps(key))
+        if not self._free_slots and not idle:
+            raise PlanError(f"plans {names} need a slot, all {self.capacity.slots} are taken")
+        if size > held + sum(b.size for b in blocks):
+            raise PlanError(f"plans {names} need {size} entries, {held} of {self.capacity.entries} are free")
+        while not self._free_slots or size > self.capacity.entries - self._filled:
+            slot = next(s for s in idle if s in self._keys and (self._keys[s][0] != key or not self._free_slots))
+            self._release(slot)
+
+    def _release(self, slot: int) -> None:
+        """Give a slot back; with its last slot a block of entries goes, and the gap that it leaves is closed."""
+        key, owner = self._keys.pop(slot)
+        del self._slots[key, owner]
+        block = self._blocks[key]
+        block.slots.remove(slot)
+        self._host_span[:, slot] = 0
+        self._generation[slot] += 1
+        self._free_slots.append(slot)
+        self.version += 1
+        if block.slots:
+            return
+        del self._blocks[key]
+        first, size = block.first, block.size
         for table in (self._host_links, self._host_fields):
             table[:, first : self._filled - size] = table[:, first + size : self._filled].clone()
-        self._host_span[:, slot] = 0
         start = self._host_span[..., 0]
         start -= size * (start > first).int()
-        self._blocks = {s: (at - size if at > first else at, n) for s, (at, n) in self._blocks.items()}
+        for other in self._blocks.values():
+            other.first -= size if other.first > first else 0
         self._filled -= size
-        self._free_slots.append(slot)
 
     def _upload(self) -> None:
         self._links.copy_(self._host_links)
@@ -316,53 +392,11 @@ class Program:
 
 def needs(plans: Iterable[Plan], sites: Sequence[Site]) -> Capacity:
     """A capacity with room for ``plans`` four times over, so that more can be added while the model runs."""
-    steps = [step for plan in plans for step in plan.steps]
-    rows = sum(len(stack) for step in steps for edit in step.edits for stack in _vectors(edit).values())
+    several = list(plans)
+    steps = [step for plan in several for step in plan.steps]
+    rows = sum(len(stack) for step in steps for edit in step.edits for stack in vectors(edit).values())
     entries = sum(edit.entries for step in steps for edit in step.edits) * len(sites)
     floor = Capacity()
-    return Capacity(floor.slots, max(floor.entries, 4 * entries), max(floor.rows, 4 * rows))
-
-
-def _vectors(edit: Edit) -> dict[int, Tensor]:
-    """``id`` of the edit's rows and gate -> their vectors ``[k, H]``."""
-    found = {id(rows): rows.vectors for rows in edit.rows.values()}
-    return found if edit.gate is None else {**found, id(edit.gate): edit.gate.unit[None]}
-
-
-def _distinct(stacks: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Address -> vector: a vector that several edits share takes one bank row."""
-    return {vector.data_ptr(): vector for stack in stacks for vector in stack}
-
-
-def _who(held: Iterable[Held]) -> str:
-    return repr("+".join(dict.fromkeys(one.plan.name for one in held)))
-
-
-def _mode(site: Site, here: list[tuple[Held, Step, int]]) -> int:
-    """:class:`Mode` of a slot at one site; a step that only reads has no say in it."""
-    keep = {step.keep_norm for _, step, _ in here if any(edit.kind != "probe" for edit in step.edits)}
-    if len(keep) > 1:
-        who = _who(held for held, _, _ in here)
-        raise PlanError(f"{site}: plans {who} meet on one row, and only some of them keep its norm")
-    return int(Mode.KEEP_NORM) if keep == {True} else 0
-
-
-def _pack_edit(packed: Packed, start: int, edit: Edit, rows: Rows, bank: dict[int, list[int]], scale: float) -> None:
-    """Append the entries of an edit to a span that begins at ``start``; mates and gates count from there."""
-    flags = Flag.WRITE if edit.kind != "probe" else Flag(0)
-    if edit.kind != "add":
-        flags |= Flag.READ
-    if edit.kind == "rotate":
-        flags |= Flag.PAIR
-    gate, lo, hi = -1, 0.0, 0.0
-    if edit.gate is not None:
-        gate, lo, hi = len(packed.links) - start, edit.gate.lo, edit.gate.hi
-        if edit.gate.cosine:
-            flags |= Flag.COSINE
-        packed.links.append([bank[id(edit.gate)][0], -1, -1, int(Flag.READ)])
-        packed.fields.append([0.0, 0.0, -math.inf, math.inf, 1.0, 0.0, 0.0])
-    first = len(packed.links) - start
-    for i, row in enumerate(bank[id(rows)]):
-        mate = first + 1 - i if edit.kind == "rotate" else -1
-        packed.links.append([row, mate, gate, int(flags)])
-        packed.fields.append([rows.alpha[i], rows.beta[i], rows.lo[i], rows.hi[i], scale, lo, hi])
+    # one combination per request with a controller: those of a serving batch
+    slots = max(floor.slots, 4 * len(several), 256 if any(step.controller is not None for step in steps) else 0)
+    return Capacity(slots, max(floor.entries, 4 * entries), max(floor.rows, 4 * rows))

@@ -16,14 +16,14 @@ from torch import Tensor
 class RowSetter(Protocol):
     """What the op calls: a session."""
 
-    def set_rows(self, batch: int, tokens: int, past: int, mask: Tensor | None) -> Tensor:
+    def set_rows(self, batch: int, tokens: int, past: int, mask: Tensor | None, ids: Tensor | None) -> Tensor:
         """The slots ``[batch * tokens]`` of a forward after ``past`` cached tokens."""
 
 
 _SETTERS: weakref.WeakValueDictionary[int, RowSetter] = weakref.WeakValueDictionary()
 _LIBRARY = torch.library.Library("steerkern", "FRAGMENT")
 _LIBRARY.define(
-    "rows_(Tensor(a!) slot, Tensor? mask, Tensor past, SymInt batch, SymInt tokens, int setter) -> ()",
+    "rows_(Tensor(a!) slot, Tensor? mask, Tensor past, Tensor? ids, SymInt batch, SymInt tokens, int setter) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else (),
 )
 
@@ -35,23 +35,29 @@ def register(setter: RowSetter) -> int:
     return number
 
 
-def set_rows(slot: Tensor, mask: Tensor | None, past: int | Tensor, batch: int, tokens: int, setter: int) -> None:
+def set_rows(
+    slot: Tensor, mask: Tensor | None, past: int | Tensor, ids: Tensor | None, batch: int, tokens: int, setter: int
+) -> None:
     """Set the row map from inside a traced forward; ``slot`` is the map's buffer, which the op writes."""
     if not isinstance(past, Tensor):
         past = torch.full((), past, dtype=torch.int64)
-    torch.ops.steerkern.rows_(slot, mask, past, batch, tokens, setter)
+    torch.ops.steerkern.rows_(slot, mask, past, ids, batch, tokens, setter)
 
 
-def _rows(slot: Tensor, mask: Tensor | None, past: Tensor, batch: int, tokens: int, setter: int) -> None:
+def _rows(
+    slot: Tensor, mask: Tensor | None, past: Tensor, ids: Tensor | None, batch: int, tokens: int, setter: int
+) -> None:
     session = _SETTERS.get(setter)
     if session is None:
         slot.fill_(-1)
         return
-    slots = session.set_rows(batch, tokens, int(past), mask)
+    slots = session.set_rows(batch, tokens, int(past), mask, ids)
     slot[: slots.numel()].copy_(slots)  # the graph may have handed in a copy of the map's buffer
 
 
-def _rows_fake(slot: Tensor, mask: Tensor | None, past: Tensor, batch: int, tokens: int, setter: int) -> None:
+def _rows_fake(
+    slot: Tensor, mask: Tensor | None, past: Tensor, ids: Tensor | None, batch: int, tokens: int, setter: int
+) -> None:
     return None
 
 

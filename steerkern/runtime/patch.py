@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 
+METHODS = ("generate", "prepare_inputs_for_generation")
+"""Methods of a module that a handler can stand around."""
+
 
 class NormHandler(Protocol):
     """Stands in for a norm: edits the state in place and returns it normalised."""
@@ -39,7 +42,7 @@ class CallHandler(Protocol):
 
 
 def attach(module: nn.Module, kind: str, handler: Any) -> None:
-    """Add a handler of ``kind`` (``norm``, ``call`` or ``generate``) to one module."""
+    """Add a handler of ``kind`` (``norm``, ``call`` or one of :data:`METHODS`) to one module."""
     handlers = module.__dict__.get(_slot(kind))
     if handlers is not None:
         handlers.append(handler)
@@ -107,8 +110,9 @@ def _steered(base: type, kinds: tuple[str, ...]) -> type:
         members["forward"] = _forward
     if "call" in kinds:
         members["__call__"] = _call_of(base)
-    if "generate" in kinds:
-        members["generate"] = _generate_of(base)
+    for name in METHODS:
+        if name in kinds:
+            members[name] = _method_of(base, name)
     return type(base)(base.__name__, (base,), members)
 
 
@@ -126,29 +130,34 @@ def _forward(self: Any, hidden_states: Tensor) -> Tensor:
 def _call_of(base: type) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         handlers: list[CallHandler] = self._steerkern_call
-        for handler in handlers:
-            handler.before(self, args, kwargs)
-        output = None
+        entered, output = 0, None
         try:
+            for handler in handlers:
+                handler.before(self, args, kwargs)
+                entered += 1
             output = base.__call__(self, *args, **kwargs)
         finally:
-            for handler in handlers:
+            for handler in handlers[:entered]:
                 handler.after(output)
         return output
 
     return call
 
 
-def _generate_of(base: type) -> Any:
-    @functools.wraps(base.generate)  # type: ignore[attr-defined]
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handlers: list[CallHandler] = self._steerkern_generate
-        for handler in handlers:
-            handler.before(self, args, kwargs)
+def _method_of(base: type, name: str) -> Any:
+    stock = getattr(base, name)
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handlers: list[CallHandler] = getattr(self, _slot(name))
+        entered = 0
         try:
-            return base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
-        finally:
             for handler in handlers:
+                handler.before(self, args, kwargs)
+                entered += 1
+            return stock(self, *args, **kwargs)
+        finally:
+            for handler in handlers[:entered]:
                 handler.after(None)
 
-    return generate
+    return method

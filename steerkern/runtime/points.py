@@ -12,6 +12,7 @@ from ..errors import PlanError
 from ..ops import dispatch, reference, triton
 from ..ops.schemas import DTYPES, Norm, Tables
 from ..program import Program
+from .deciding import Observer
 from .decoder import block_input, block_output
 from .norms import NormSpec
 from .patch import stock_class
@@ -40,6 +41,8 @@ class Point:
         self.calls = 0
         self.readings: Readings | None = None
         """Where coordinates go, when a probe is among the plans."""
+        self.observer: Observer | None = None
+        """Shown each state that arrives, before it is edited; set for single forwards."""
         self.tables: Tables | None = None if number is None else program.tables(number)
         self._kernels: dict[torch.dtype, Any] = {}
 
@@ -47,6 +50,8 @@ class Point:
         """Edit ``state [..., H]`` in place on its own, without a norm."""
         if self.tables is None:
             return
+        if self.observer is not None:
+            self.observer(state)
         if torch.compiler.is_compiling():
             self._edit_traced(state)
             return
@@ -120,7 +125,7 @@ class Point:
 
     def _take(self, slot: Tensor, trace: Tensor | None) -> None:
         if trace is not None and self.readings is not None:
-            self.readings.take(self.rows.requests, self.rows.tokens, slot, trace)
+            self.readings.take(self.rows.request, self.rows.tokens, slot, trace)
 
     def _edit_differentiably(self, state: Tensor, slot: Tensor) -> None:
         assert self.tables is not None
@@ -177,7 +182,7 @@ class NormPoint(Point):
 
     def __call__(self, state: Tensor) -> Tensor:
         """Edit ``state [..., H]`` in place and return it normalised."""
-        if state.dtype is not self.dtype or torch.is_grad_enabled() or self.readings is not None:
+        if state.dtype is not self.dtype or torch.is_grad_enabled() or self.readings is not None or self.observer:
             return self._slow(state)
         if torch.compiler.is_compiling():
             return self._traced(state)

@@ -3,43 +3,102 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
 from . import compiled
-from .rows import Prompts, RowMap
+from .batch import Batch
+from .deciding import Deciding
+from .events import NO_TOKEN
+from .prompts import Ints, Prompts
+from .rows import Part, RowMap
 
 
 class DecoderCalls:
     """Sets the row map before each forward of a decoder.
 
     Inside ``generate`` (or :meth:`open`) the prompts are known. Outside, a forward without cached tokens starts a
-    request and all its tokens are the prompt; one after cached tokens continues the request of that cache.
+    request and all its tokens are the prompt; one after cached tokens continues the request of that cache. A serving
+    loop says with :meth:`expect` what its next forward holds.
     """
 
-    def __init__(self, decoder: nn.Module, rows: RowMap, edits_input: bool) -> None:
+    def __init__(self, decoder: nn.Module, rows: RowMap, deciding: Deciding, edits_input: bool) -> None:
         self.rows = rows
+        self.deciding = deciding
         self.edits_input = edits_input
         """Whether the first block's input, which may be the caller's ``inputs_embeds``, is edited."""
         self.compiled = False
         """Whether a compiled graph has asked for its row map."""
         self._names = [name for name in inspect.signature(type(decoder).forward).parameters if name != "self"]
-        self._request: Prompts | None = None
-        self._by_cache: weakref.WeakKeyDictionary[Any, Prompts] = weakref.WeakKeyDictionary()
+        self.running: dict[int, Batch] = {}
+        """Requests that were opened and not yet closed, by number."""
+        self._thread = threading.local()
+        self._by_cache: weakref.WeakKeyDictionary[Any, Batch] = weakref.WeakKeyDictionary()
+        self._loose: Batch | None = None  # of forwards without a cache
+        self._ended: list[Batch] = []
+        self._expected: list[Part] | None = None
+        self._parts: list[Part] = []
         self._setter = compiled.register(self)
 
-    def open(self, prompts: Prompts) -> None:
-        """Start a request whose prompts are known."""
-        self.rows.begin(prompts)
-        self._request = prompts
+    # requests
+
+    def open(self, prompts: Prompts) -> Batch:
+        """Start a request of this thread whose prompts are known.
+
+        Raises:
+            PlanError: rows were assigned for another number of prompts.
+        """
+        batch = self._begin(prompts)
+        self._thread.batch = self.running[batch.number] = batch
+        return batch
 
     def close(self) -> None:
         """End it."""
-        self._request = None
+        batch = getattr(self._thread, "batch", None)
+        self._thread.batch = self._thread.history = None
+        if batch is not None:
+            self.end(batch)
+
+    def end(self, batch: Batch) -> None:
+        """Forget a batch before the next forward: it ran for the last time."""
+        self.running.pop(batch.number, None)
+        self._ended.append(batch)
+
+    def assign(self, plans: Sequence[tuple[str, ...]] | None) -> None:
+        """Give the requests that are running other plans, where they are as many as the plans name."""
+        loose = [] if self._loose is None else [self._loose]
+        for batch in [*self.running.values(), *self._by_cache.values(), *loose]:
+            if not batch.label and (plans is None or len(plans) == len(batch.prompts)):
+                batch.assign(plans)
+
+    def expect(self, parts: Sequence[Part]) -> None:
+        """Say what the next forward holds; its rows are those of the parts, one after the other."""
+        self._expected = list(parts)
+
+    def remember(self, ids: Tensor) -> None:
+        """Keep the tokens ``[B, S]`` of the whole sequences, as ``generate`` has them before a forward."""
+        self._thread.history = ids
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """The prompts of this thread's request, or of the last forward without one."""
+        batch = getattr(self._thread, "batch", None) or self._loose
+        return None if batch is None else batch.prompts
+
+    def _begin(self, prompts: Prompts) -> Batch:
+        with self.rows.lock:
+            batch = Batch(self.rows.program, prompts, self.rows.assigned)
+            self.rows.begin()
+        return batch
+
+    # forwards
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the row map from the arguments of this forward."""
@@ -54,7 +113,6 @@ class DecoderCalls:
             kwargs["inputs_embeds"] = embeds.clone()
         batch, tokens = state.shape[:2]
         kept = named.get("logits_to_keep")
-        self.rows.kept = kept if type(kept) is int else 0
         mask = named.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = None
@@ -64,27 +122,71 @@ class DecoderCalls:
         if torch.compiler.is_compiling():
             past = 0 if cache is None else cache.get_seq_length()
             self.rows.count = batch * tokens
-            compiled.set_rows(self.rows.slot, mask, past, batch, tokens, self._setter)
+            self.rows.kept = kept if type(kept) is int else 0
+            ids = named.get("input_ids")
+            compiled.set_rows(self.rows.slot, mask, past, ids, batch, tokens, self._setter)
             return
-        self._advance(batch, tokens, self._past(cache), mask, cache)
+        self.rows.lock.acquire()
+        try:
+            self.rows.kept = kept if type(kept) is int else 0
+            parts = self._take_expected(batch * tokens)
+            if parts is None:
+                parts = [self._part(batch, tokens, self._past(cache), mask, cache, named.get("input_ids"))]
+            self._advance(parts, named)
+        except BaseException:
+            self.deciding.abandon()
+            self.rows.finish()
+            self.rows.lock.release()
+            raise
+        self._thread.inside = True
 
     def after(self, output: Any) -> None:
-        """Leave the forward."""
-        if not torch.compiler.is_compiling():
+        """Leave the forward; ``output`` is None if it raised."""
+        if torch.compiler.is_compiling() or not getattr(self._thread, "inside", False):
+            return
+        self._thread.inside = False
+        try:
+            if output is None:
+                self.deciding.abandon()
+            else:
+                self.deciding.after(self._parts)
+        finally:
             self.rows.finish()
+            self.rows.lock.release()
 
-    def set_rows(self, batch: int, tokens: int, past: int, mask: Tensor | None) -> Tensor:
+    def set_rows(self, batch: int, tokens: int, past: int, mask: Tensor | None, ids: Tensor | None) -> Tensor:
         """The slots of a forward that runs as a compiled graph, which holds the address of the row map."""
         rows = self.rows
-        if batch * tokens > rows.slot.numel():
-            raise PlanError(
-                f"a compiled forward of {batch * tokens} rows, the row map holds {rows.slot.numel()}; "
-                "run one such forward eagerly first, then compile"
-            )
-        self.compiled = True
-        self._advance(batch, tokens, past, mask, None)
-        rows.finish()
-        return rows.slot[: batch * tokens]
+        with rows.lock:
+            if batch * tokens > rows.slot.numel():
+                raise PlanError(
+                    f"a compiled forward of {batch * tokens} rows, the row map holds {rows.slot.numel()}; "
+                    "run one such forward eagerly first, then compile"
+                )
+            self.compiled = True
+            parts = self._take_expected(batch * tokens) or [self._part(batch, tokens, past, mask, None, ids)]
+            undecided = [step for part in parts if not part.batch.decided for step in part.batch.steps()]
+            if any(step.decisions for step in undecided):
+                raise PlanError("a plan decides from the prompt in eager forwards only; this one is compiled")
+            self._advance(parts, {})
+            rows.finish()
+            return rows.slot[: batch * tokens]
+
+    def _advance(self, parts: list[Part], inputs: dict[str, Any]) -> None:
+        while self._ended:
+            self.deciding.drop(self._ended.pop())
+        self._parts = parts
+        self.deciding.before(parts, inputs)
+        self.rows.advance(parts)
+
+    def _take_expected(self, count: int) -> list[Part] | None:
+        parts, self._expected = self._expected, None
+        if parts is None:
+            return None
+        told = sum(part.rows * part.tokens for part in parts)
+        if told > count:
+            raise PlanError(f"a forward of {count} rows, {told} were announced")
+        return parts
 
     def _past(self, cache: Any) -> int:
         if cache is None:
@@ -93,19 +195,41 @@ class DecoderCalls:
             return int(cache.get_seq_length())
         except (AttributeError, ValueError):
             # recurrent caches do not count; the request does
-            return self.rows.next_index if cache in self._by_cache or self._request is not None else 0
+            batch = getattr(self._thread, "batch", None) or self._by_cache.get(cache)
+            return 0 if batch is None else batch.next_index
 
-    def _advance(self, batch: int, tokens: int, past: int, mask: Tensor | None, cache: Any) -> None:
-        if self._request is None:
-            prompts = self._by_cache.get(cache) if cache is not None else self.rows.prompts
-            if past == 0 or prompts is None or len(prompts) != batch:
+    def _part(self, rows: int, tokens: int, past: int, mask: Tensor | None, cache: Any, ids: Tensor | None) -> Part:
+        batch = getattr(self._thread, "batch", None)
+        if batch is None:
+            batch = self._by_cache.get(cache) if cache is not None else self._loose
+            if past == 0 or batch is None or len(batch.prompts) != rows:
                 # what was cached before this session saw the cache counts as prompt
-                prompts = Prompts.of(batch, past or tokens, mask)
-            if prompts is not self.rows.prompts:
-                self.rows.begin(prompts)
-            if cache is not None:
-                self._by_cache[cache] = prompts
-        self.rows.advance(batch, tokens, past)
+                batch = self._begin(Prompts.of(rows, past or tokens, mask))
+                if cache is not None:
+                    self._by_cache[cache] = batch
+                    weakref.finalize(cache, self._ended.append, batch)
+                else:
+                    if self._loose is not None:
+                        self.end(self._loose)
+                    self._loose = batch
+        if batch.watches:
+            self._see(batch, rows, past, tokens, ids)
+        batch.next_index = past + tokens
+        return Part(batch, rows, past, tokens)
+
+    def _see(self, batch: Batch, rows: int, past: int, tokens: int, ids: Tensor | None) -> None:
+        """Show a batch the tokens of this forward, which it looks through for markers."""
+        history = getattr(self._thread, "history", None)
+        if history is not None and tuple(history.shape) == (rows, past + tokens):
+            # sequences that share a prompt may have changed places since the last forward: beams
+            first = 0 if rows != len(batch.prompts) else past
+            batch.see(first, _numbers(history[:, first:]))
+        elif ids is not None and rows == len(batch.prompts):
+            batch.see(past, _numbers(ids))
+        elif past < batch.prompts.length:
+            batch.see(past, np.full((rows, tokens), NO_TOKEN))
+        else:
+            raise PlanError("a scope with after or until needs the token ids of generated tokens: run it in generate")
 
 
 class GenerateCalls:
@@ -131,6 +255,26 @@ class GenerateCalls:
     def after(self, output: Any) -> None:
         """Close the request."""
         self.calls.close()
+
+
+class PrepareCalls:
+    """Sees the whole sequences before each forward of ``generate``."""
+
+    def __init__(self, calls: DecoderCalls) -> None:
+        self.calls = calls
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the tokens."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        if isinstance(ids, Tensor):
+            self.calls.remember(ids)
+
+    def after(self, output: Any) -> None:
+        """Nothing to do."""
+
+
+def _numbers(ids: Tensor) -> Ints:
+    return ids.to("cpu", torch.int64).numpy()
 
 
 def _mask_of(ids: Tensor, config: Any, kwargs: dict[str, Any]) -> Tensor | None:

@@ -1,85 +1,35 @@
-"""Row maps: which slot edits each row of a forward. Everything about *who* and *when* is decided here.
+"""The row map: which slot edits each row of the current forward. Everything about *who* and *when* is this map.
 
-A forward processes ``B`` sequences of ``S`` tokens; row ``b * S + s`` of the residual stream is token ``s`` of sequence
-``b``. Tokens are placed by their *cache index* ``k``: the number of columns, padding included, before them. A prompt
-occupies ``[start, stop)`` of its row; indices from the padded prompt length on were generated.
+A forward processes batches one after the other; row ``b * S + s`` of a batch is token ``s`` of its sequence ``b``.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from ..errors import PlanError
-from ..program import Program, StepKey
-from ..steps import Tokens
-
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+from ..program import Program
+from .batch import Batch, Hit, Slots
+from .prompts import Ints
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """Where the prompts of a batch lie: real tokens ``[start, stop)`` per row, ``length`` columns with padding."""
+class Part(NamedTuple):
+    """What a forward holds of one batch: ``rows`` sequences of ``tokens`` tokens each, after ``past`` cached ones."""
 
-    start: Ints
-    stop: Ints
-    length: int
+    batch: Batch
+    rows: int
+    past: int
+    tokens: int
 
-    @staticmethod
-    def of(batch: int, length: int, mask: Tensor | None) -> Prompts:
-        """From an attention mask ``[B, >= length]`` (1 real, 0 padding), or without padding.
-
-        Raises:
-            PlanError: a row without a real token.
-        """
-        if mask is None:
-            return Prompts(np.zeros(batch, np.int64), np.full(batch, length, np.int64), length)
-        real = mask[:, :length].to("cpu").numpy() != 0
-        empty = np.flatnonzero(~real.any(1))
-        if empty.size:
-            raise PlanError(f"row {empty[0]}: the attention mask has no token")
-        return Prompts(real.argmax(1), length - real[:, ::-1].argmax(1), length)
-
-    def __len__(self) -> int:
-        return len(self.start)
-
-    def repeated(self, times: int) -> Prompts:
-        """The same prompts with each row ``times`` times: beams and returned sequences."""
-        return Prompts(np.repeat(self.start, times), np.repeat(self.stop, times), self.length)
-
-    def select(self, tokens: Tokens, index: Ints) -> Bools:
-        """``[B, S]``: which of the tokens at cache indices ``index [S]`` lie in ``tokens``.
-
-        Raises:
-            PlanError: a position that a prompt of the batch does not have.
-        """
-        start, stop = self.start[:, None], self.stop[:, None]
-        prompt = (start <= index) & (index < stop)
-        generated = np.broadcast_to(index >= self.length, prompt.shape)
-        if tokens.positions is not None:
-            chosen = np.zeros_like(prompt)
-            for p in tokens.positions:
-                at = (start if p >= 0 else stop) + p
-                outside = np.flatnonzero((at < start) | (at >= stop))
-                if outside.size:
-                    row = int(outside[0])
-                    raise PlanError(
-                        f"position {p}: the prompt of row {row} has {self.stop[row] - self.start[row]} tokens"
-                    )
-                chosen |= index == at
-            return chosen & prompt
-        selected = {"all": prompt | generated, "prompt": prompt, "decode": generated}[tokens.phase]
-        position = np.where(generated, index - self.length + stop, index) - start
-        inside = position >= tokens.start
-        if tokens.stop is not None:
-            inside &= position < tokens.stop
-        return selected & inside
+    @property
+    def decode(self) -> bool:
+        """Whether it is one generated token per sequence."""
+        return self.tokens == 1 and self.past >= self.batch.prompts.length
 
 
 @dataclass
@@ -103,11 +53,36 @@ class Written:
             spans.append([first, last])
 
 
+@dataclass
+class Run:
+    """Decode steps that share one map: the same batches, each one token further every time."""
+
+    parts: tuple[Part, ...]
+    version: int
+    pointer: int
+    hits: list[tuple[int, int, list[Hit]]]
+    """Per part: number of its first row in receipts, cache index at the first step, what plans write."""
+    steps: int = 1
+
+    def continues(self, parts: Sequence[Part], version: int) -> bool:
+        """Whether ``parts`` are the next step of this run."""
+        return (
+            self.version == version
+            and len(parts) == len(self.parts)
+            and all(
+                now.batch is then.batch and now.rows == then.rows and now.tokens == 1
+                and now.past == then.past + self.steps
+                for now, then in zip(parts, self.parts, strict=True)
+            )
+        )  # fmt: skip
+
+
 class RowMap:
     """The slot of every row of the current forward, in a buffer whose address stays.
 
     ``slot [capacity] int32`` lives on the program's device. ``pointer`` is its address while some row of the current
-    forward is steered, else 0, and ``count`` the number of rows of the forward, or -1 outside one.
+    forward is steered, else 0, and ``count`` the number of rows of the forward, or -1 outside one. ``lock`` is held
+    from the start of a forward to its end; who changes the program holds it too.
     """
 
     def __init__(self, program: Program, capacity: int = 4096) -> None:
@@ -116,143 +91,106 @@ class RowMap:
         self.count = -1
         self.pointer = 0
         self.tokens = 0
-        """Tokens per sequence of the current forward."""
-        self.requests = 0
-        """Requests begun so far."""
-        self.next_index = 0
-        """Cache index of the token after the last forward's."""
+        """Tokens per sequence of the current forward; all its rows where it holds several batches."""
+        self.request = -1
+        """Number of the batch that the current forward belongs to, the first of several."""
         self.kept = 0
         """How many last tokens of each sequence blocks may be given that do not need the others; 0 is all."""
         self.written: dict[str, Written] = {}
-        self._assigned: tuple[tuple[str, ...], ...] | None = None
-        self._prompts: Prompts | None = None
-        self._decode: tuple[int, list[tuple[str, list[int]]], int] | None = None  # batch, (plan, rows), pointer
-        self._first, self._last = 0, -1  # cache indices covered by the cached decode map and not yet noted
+        self.assigned: tuple[tuple[str, ...], ...] | None = None
+        """The plans of each prompt of the batches to come; None gives every prompt every plan."""
+        self.lock = threading.RLock()
+        self._run: Run | None = None
 
     def assign(self, rows: Sequence[Iterable[str]] | None) -> None:
-        """Give each prompt of a batch its plans; None gives every row every plan.
+        """Give each prompt of the coming batches its plans; None gives every prompt every plan.
 
         Raises:
             PlanError: a plan that the program does not hold.
         """
         for name in {name for row in rows or () for name in row}:
             self.program.get(name)
-        self._assigned = None if rows is None else tuple(tuple(r) for r in rows)
-        self.forget()
+        self.assigned = None if rows is None else tuple(tuple(r) for r in rows)
 
-    def begin(self, prompts: Prompts) -> None:
-        """Start a request: from here on tokens are prompt or generated with respect to ``prompts``.
-
-        Raises:
-            PlanError: rows were assigned for another number of prompts.
-        """
-        if self._assigned is not None and len(self._assigned) != len(prompts):
-            raise PlanError(f"rows name {len(self._assigned)} sequences, the batch has {len(prompts)} prompts")
+    def begin(self) -> None:
+        """Start a request whose rows receipts are to show: what earlier ones wrote is counted, but no longer shown."""
         self.forget()
         for written in self.written.values():
             written.spans = {}
-        self._prompts = prompts
-        self.requests += 1
-
-    @property
-    def prompts(self) -> Prompts | None:
-        """The prompts of the current request."""
-        return self._prompts
-
-    @property
-    def assigned(self) -> set[str]:
-        """Names of the plans that rows were given by name."""
-        return {name for row in self._assigned or () for name in row}
 
     def forget(self) -> None:
-        """Drop the cached map of decode steps, after anything that it depends on changed."""
+        """Drop the map of the last decode steps, after anything that it depends on changed."""
         self.flush()
-        self._decode = None
-        self._first, self._last = 0, -1
+        self._run = None
 
-    def advance(self, batch: int, tokens: int, past: int) -> None:
-        """Set the map for a forward of ``batch`` sequences and ``tokens`` tokens each, after ``past`` cached ones."""
-        prompts = self._prompts
-        assert prompts is not None
-        self.count, self.tokens = batch * tokens, tokens
-        self.next_index = past + tokens
-        decode = tokens == 1 and past >= prompts.length
-        if decode and self._decode is not None and self._decode[0] == batch and past == self._last + 1:
-            self._last = past
-            self.pointer = self._decode[2]
+    def advance(self, parts: Sequence[Part]) -> None:
+        """Set the map for a forward of these parts.
+
+        Raises:
+            PlanError: as for :meth:`~steerkern.runtime.batch.Batch.slots`.
+        """
+        self.count = sum(part.rows * part.tokens for part in parts)
+        self.tokens = parts[0].tokens if len(parts) == 1 else self.count
+        self.request = parts[0].batch.number if parts else -1
+        run = self._run
+        if run is not None and run.continues(parts, self.program.version):
+            run.steps += 1
+            self.pointer = run.pointer
             return
         self.forget()
-        if batch % len(prompts):
-            raise PlanError(f"a forward of {batch} sequences inside a request of {len(prompts)} prompts")
-        times = batch // len(prompts)
-        index = np.arange(past, past + tokens)
-        slots, hits = self._slots(prompts.repeated(times), times, index)
-        self._store(slots)
-        steady = all(
-            step.tokens.start == 0 and step.tokens.stop is None for plan in self.program.plans for step in plan.steps
-        )
-        if decode and steady:
-            rows = [(name, np.flatnonzero(mask[:, 0]).tolist()) for name, mask in hits.items()]
-            self._decode, self._first, self._last = (batch, rows, self.pointer), past, past
+        self.program.begin()
+        version, first_row, found = self.program.version, 0, []
+        for part in parts:
+            slots, hits = part.batch.slots(part.rows, part.past, part.tokens)
+            found.append((slots, hits, first_row))
+            first_row += part.rows
+        if self.program.version != version:  # a slot was given to another: ask again who has which
+            found = [(part.batch.slots(part.rows, part.past, part.tokens)[0], hits, row)
+                     for part, (_, hits, row) in zip(parts, found, strict=True)]  # fmt: skip
+        self._store([slots for slots, _, _ in found])
+        if all(part.decode and part.batch.steady for part in parts):
+            seen = [(row, part.past, hits) for part, (_, hits, row) in zip(parts, found, strict=True)]
+            self._run = Run(tuple(parts), self.program.version, self.pointer, seen)
             return
-        for name, mask in hits.items():
-            for row, columns in enumerate(mask):
-                for first, last in _runs(index[columns]):
-                    self._written(name).note(row, first, last)
+        for part, (_, hits, row) in zip(parts, found, strict=True):
+            index = np.arange(part.past, part.past + part.tokens)
+            for hit in hits:
+                for first, last in _runs(index[hit.mask]):
+                    self._written(hit.plan).note(row + hit.row, first, last)
 
     def finish(self) -> None:
         """Leave the forward: rows of a norm called outside one are nobody's."""
         self.count, self.pointer = -1, 0
 
+    def flush(self) -> None:
+        """Note what the last decode steps wrote."""
+        run = self._run
+        if run is None:
+            return
+        for row, past, hits in run.hits:
+            for hit in hits:
+                self._written(hit.plan).note(row + hit.row, past, past + run.steps - 1)
+
     def _written(self, name: str) -> Written:
         return self.written.setdefault(name, Written())
 
-    def flush(self) -> None:
-        """Note what the cached decode steps wrote."""
-        if self._decode is not None and self._last >= self._first:
-            for name, rows in self._decode[1]:
-                for row in rows:
-                    self._written(name).note(row, self._first, self._last)
-            self._first = self._last + 1
-
-    def _slots(self, prompts: Prompts, times: int, index: Ints) -> tuple[NDArray[np.int32], dict[str, Bools]]:
-        """``[B, S]`` slots, and per plan the mask of the tokens that it writes."""
-        everyone = tuple(plan.name for plan in self.program.plans)
-        assigned = self._assigned
-        rows = [everyone] * len(prompts) if assigned is None else [assigned[b // times] for b in range(len(prompts))]
-        shape = (len(prompts), len(index))
-        keys: list[StepKey] = []
-        steps = sum(len(plan.steps) for plan in self.program.plans)
-        code = np.zeros(shape, dtype=np.int64 if steps < 63 else object)  # one bit per step
-        hits: dict[str, Bools] = {}
-        for plan in self.program.plans:
-            mine = np.array([plan.name in names for names in rows])[:, None]
-            for i, step in enumerate(plan.steps):
-                mask = prompts.select(step.tokens, index) & mine if mine.any() else np.zeros(shape, bool)
-                hits[plan.name] = hits.get(plan.name, False) | mask
-                code[mask] += 1 << len(keys)
-                keys.append((plan.name, i))
-        slots = np.full(shape, -1, np.int32)
-        for bits in set(np.unique(code).tolist()) - {0}:
-            chosen = [key for i, key in enumerate(keys) if bits >> i & 1]
-            slots[code == bits] = self.program.slot(chosen)
-        return slots, hits
-
-    def _store(self, slots: NDArray[np.int32]) -> None:
-        count = slots.size
-        if count > self.slot.numel():
-            self.slot = torch.full((2 * count,), -1, dtype=torch.int32, device=self.program.device)
-        self.pointer = self.slot.data_ptr() if (slots >= 0).any() else 0
-        staged = torch.from_numpy(slots.reshape(-1))
+    def _store(self, slots: list[Slots]) -> None:
+        flat = slots[0].reshape(-1) if len(slots) == 1 else np.concatenate([part.reshape(-1) for part in slots])
+        if flat.size > self.slot.numel():
+            self.slot = torch.full((2 * flat.size,), -1, dtype=torch.int32, device=self.program.device)
+        self.pointer = self.slot.data_ptr() if (flat >= 0).any() else 0
+        staged = torch.from_numpy(flat)
         if self.slot.is_cuda:  # torch keeps pinned memory until the stream has read it, so nothing waits here
             staged = staged.pin_memory()
-        self.slot[:count].copy_(staged, non_blocking=True)
+        self.slot[: flat.size].copy_(staged, non_blocking=True)
 
 
 def _runs(numbers: Ints) -> list[tuple[int, int]]:
     """First and last of every run of consecutive numbers."""
-    if numbers.size == 0:
-        return []
+    if numbers.size < 2:
+        return [(int(n), int(n)) for n in numbers]
+    if numbers[-1] - numbers[0] == numbers.size - 1:
+        return [(int(numbers[0]), int(numbers[-1]))]
     breaks = np.flatnonzero(np.diff(numbers) != 1)
     firsts = numbers[np.concatenate(([0], breaks + 1))]
     lasts = numbers[np.concatenate((breaks, [numbers.size - 1]))]

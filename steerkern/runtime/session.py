@@ -14,12 +14,14 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, Site, needs
+from .deciding import Deciding
 from .patch import attach, detach, occupied, suspended
 from .points import DoorPoint, NormPoint, Point
+from .prompts import Prompts
 from .readings import Readings
 from .receipt import PlanReceipt, Receipt
-from .requests import DecoderCalls, GenerateCalls
-from .rows import Prompts, RowMap
+from .requests import DecoderCalls, GenerateCalls, PrepareCalls
+from .rows import RowMap
 from .sites import Anatomy, examine
 
 Fuse = Literal["all", "sites", "none"]
@@ -53,13 +55,18 @@ class Session:
         for plan in plans:
             self._hold(plan)
         self._rows = RowMap(self._program)
-        self._calls = DecoderCalls(anatomy.decoder, self._rows, self._edits_input())
-        parts = [*self._make_points(fuse), (anatomy.decoder, "call", self._calls)]
+        parts = self._make_points(fuse)
+        self._points = [point for _, _, point in parts if isinstance(point, Point) and point.number is not None]
+        self._deciding = Deciding(self._program, anatomy, self._points)
+        for plan in plans:
+            self._deciding.check(plan.steps)
+        self._calls = DecoderCalls(anatomy.decoder, self._rows, self._deciding, self._edits_input())
+        parts.append((anatomy.decoder, "call", self._calls))
         # a wrapper may only pass the attribute on
         generating = next((m for m in anatomy.model.modules() if hasattr(type(m), "generate")), None)
         if generating is not None:
             parts.append((generating, "generate", GenerateCalls(self._calls)))
-        self._points = [point for _, _, point in parts if isinstance(point, Point) and point.number is not None]
+            parts.append((generating, "prepare_inputs_for_generation", PrepareCalls(self._calls)))
         self._watch_probes()
         self._attached: list[Part] = []
         self._attach(parts)
@@ -123,30 +130,34 @@ class Session:
     # what is steered
 
     def rows(self, plans: RowPlans | None) -> None:
-        """Give each sequence of the coming batches its own plans, by name or object; ``None`` in a row leaves it alone.
+        """Give each sequence its own plans from the next forward on; ``None`` in a row leaves it alone.
 
         ``session.rows(["open", None, ("open", "calm")])``; ``session.rows(None)`` gives every row every plan again.
 
         Raises:
             PlanError: a plan that this session does not hold. A count unlike the batch raises when that comes.
         """
-        if plans is None:
-            self._rows.assign(None)
-            return
         if isinstance(plans, (str, Plan)):
             raise TypeError(f"rows takes one entry per sequence, got {plans!r}")
-        self._rows.assign([_names(row) for row in plans])
+        with self._rows.lock:
+            self._rows.assign(None if plans is None else [_names(row) for row in plans])
+            self._rows.forget()
+            self._calls.assign(self._rows.assigned)
 
     def add(self, plan: Plan) -> None:
-        """Hold one more plan, from the next forward on.
+        """Hold one more plan, from the next forward on; what it decides from a prompt, from the next request on.
 
         Raises:
             PlanError: the plan does not fit the model, its name is taken, or the tables are full; nothing changed then.
         """
-        self._hold(plan)
-        self._rows.forget()
-        self._calls.edits_input = self._edits_input()
-        self._watch_probes()
+        with self._rows.lock:
+            _check_plan(plan)
+            self._program.check(plan)
+            self._deciding.check(plan.steps)
+            self._hold(plan)
+            self._rows.forget()
+            self._calls.edits_input = self._edits_input()
+            self._watch_probes()
 
     def remove(self, name: str) -> None:
         """Drop a plan, from the next forward on.
@@ -154,10 +165,14 @@ class Session:
         Raises:
             PlanError: no such plan, or rows are still assigned to it.
         """
-        if name in self._rows.assigned:
-            raise PlanError(f"plan {name!r} is assigned to rows; call rows() first")
-        self._rows.forget()
-        self._program.remove(name)
+        with self._rows.lock:
+            if any(name in names for names in self._rows.assigned or ()):
+                raise PlanError(f"plan {name!r} is assigned to rows; call rows() first")
+            for batch in self._calls.running.values():
+                if batch.label and name in batch.names:
+                    raise PlanError(f"plan {name!r} steers {batch.label}, which is still running")
+            self._rows.forget()
+            self._program.remove(name)
 
     def set(self, name: str, *, scale: float) -> None:
         """Multiply what a plan adds to each row by ``scale``, from the next forward on; 1 is the plan as written.
@@ -165,7 +180,8 @@ class Session:
         Raises:
             PlanError: no such plan, or a scale that is not finite.
         """
-        self._program.set_scale(name, scale)
+        with self._rows.lock:
+            self._program.set_scale(name, scale)
 
     @contextlib.contextmanager
     def request(self, length: int, attention_mask: Tensor | None = None, batch: int = 1) -> Iterator[None]:
@@ -236,7 +252,8 @@ class Session:
 
     def receipt(self) -> Receipt:
         """Which plan wrote which sites, rows and tokens so far."""
-        self._rows.flush()
+        with self._rows.lock:
+            self._rows.flush()
         ran = {point.number for point in self._points if point.calls or self._calls.compiled}
         plans = {}
         for plan in self._program.plans:
