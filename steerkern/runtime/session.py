@@ -210,7 +210,16 @@ class Session:
         _check_plan(plan)
         if plan.model is not None and plan.model != self.anatomy.fingerprint:
             raise PlanError(f"plan {plan.name!r} was made for {plan.model}, the model is {self.anatomy.fingerprint}")
+        self._check_markers(plan)
         self._program.add(plan)
+
+    def _check_markers(self, plan: Plan) -> None:
+        tokens = [t for step in plan.steps for marker in step.tokens.markers for sequence in marker for t in sequence]
+        if not tokens:
+            return
+        known = int(self.anatomy.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+        if max(tokens) >= known:
+            raise PlanError(f"plan {plan.name!r} waits for token {max(tokens)}, the model knows 0..{known - 1}")
 
     def _watch_probes(self) -> None:
         """Let the points that a probe reaches keep what it reads."""
