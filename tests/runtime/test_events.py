@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -80,7 +82,7 @@ def test_a_scope_means_the_tokens_that_its_description_says(
     batch.prompts, batch.events = prompts, Events(scope.markers)
     edges = [0, *sorted({cut for cut in cuts if cut < columns}), columns]
     parts = []
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         batch.see(first, ids[:, first:last])
         parts.append(prompts.select(scope, np.arange(first, last), batch.events))
     found = np.concatenate(parts, 1)
