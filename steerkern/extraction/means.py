@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..artifacts import Fingerprint
 from ..directions import Directions
 from ..runtime.decoder import find_decoder, text_config
-from .capture import Captured, capture, check_prompts
+from .capture import Captured, capture
+from .shards import Ranks, ranks
 from .template import Position, Prompt, Rendered, render
 
 # Two means closer than this share of their size are the same mean: float64 sums of n equal float32 rows differ by about
@@ -86,29 +87,45 @@ def means(
     template: str | None = "chat",
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
+    sharded: bool = True,
 ) -> dict[Position, Contrast]:
     """Means of two sets of prompts at several positions from one pass over each set.
 
     What belief scores (``cos(h, mu_a) - cos(h, mu_b)``, arXiv 2507.11878) and directions are made of. ``system``,
     ``template`` and ``options`` are those of :func:`~steerkern.extraction.template.render`.
 
+    Under an initialised ``torch.distributed`` process group (``torchrun``) the ranks share the batches out and add up
+    with one all-reduce per set: all of them must call this with the same arguments, and all get the same result, that
+    of a single process but for the order of float64 sums. A model whose weights are spread over ranks reads every
+    prompt on each. ``sharded=False`` has this rank read everything alone.
+
     Raises:
-        ValueError: an empty set, equal sets, a prompt that cannot be rendered or read, or a state with NaN or Inf.
+        ValueError: an empty set, equal sets, a prompt that cannot be rendered or read, a state with NaN or Inf, or
+            ranks with different arguments. What one rank raises, all raise.
     """
     sides = {"positive": list(positive), "negative": list(negative)}
-    for side, prompts in sides.items():
-        if not prompts:
-            raise ValueError(f"{side} holds no prompts; both sides are needed")
-    if sides["positive"] == sides["negative"]:
-        raise ValueError("positive and negative hold the same prompts")
     model = getattr(model, "_orig_mod", model)
-    rendered = {
-        side: render(tokenizer, prompts, system=system, template=template, options=options)
-        for side, prompts in sides.items()
-    }
-    for read in rendered.values():
-        check_prompts(model, read)
-    made = {side: _means(model, side, read, positions, batch_size, progress) for side, read in rendered.items()}
+    group = ranks(model, sharded)
+
+    def prepare() -> dict[str, list[Rendered]]:
+        for side, prompts in sides.items():
+            if not prompts:
+                raise ValueError(f"{side} holds no prompts; both sides are needed")
+        if sides["positive"] == sides["negative"]:
+            raise ValueError("positive and negative hold the same prompts")
+        rendered = {
+            side: render(tokenizer, prompts, system=system, template=template, options=options)
+            for side, prompts in sides.items()
+        }
+        for read in rendered.values():
+            capture(model, read, positions, batch_size=batch_size)  # checks everything, reads nothing yet
+        return rendered
+
+    rendered = group.agree(
+        prepare,
+        lambda sets: [batch_size, list(positions), {side: [p.ids for p in read] for side, read in sets.items()}],
+    )
+    made = {side: _means(model, group, side, read, positions, batch_size, progress) for side, read in rendered.items()}
     record = {
         **{side: {"n": len(prompts), "sha256": _digest(prompts)} for side, prompts in sides.items()},
         "tokenizer": _short(getattr(tokenizer, "name_or_path", "")),
@@ -140,6 +157,7 @@ def extract(
     options: Mapping[str, Any] | None = None,
     name: str = "directions",
     progress: bool = True,
+    sharded: bool = True,
 ) -> Directions:
     """Difference of means ``mean(positive) - mean(negative)`` at one token, for every layer, raw.
 
@@ -159,6 +177,7 @@ def extract(
         system, template, options: see :func:`~steerkern.extraction.template.render`.
         name: of the directions.
         progress: show a bar on a terminal.
+        sharded: share the prompts out over the ranks of an initialised process group, see :func:`means`.
 
     Raises:
         ValueError: an empty or one-sided set, equal means, NaN or Inf in a state (naming the layer), an unknown site.
@@ -183,6 +202,7 @@ def extract(
         template=template,
         options=options,
         progress=progress,
+        sharded=sharded,
     )
     return contrast[position].directions(site, name)
 
@@ -197,33 +217,45 @@ def _rows(stack: Tensor, site: str) -> Tensor:
 
 def _means(
     model: nn.Module,
+    group: Ranks,
     side: str,
     rendered: Sequence[Rendered],
     positions: Sequence[Position],
     batch_size: int,
     progress: bool,
 ) -> list[Means]:
-    total = squares = torch.zeros((), dtype=torch.float64)
-    stream = capture(model, rendered, positions, batch_size=batch_size, progress=progress, label=f"reading {side}")
-    for batch in stream:
-        _check_finite(batch, side, positions)
-        wide = batch.states.double()
-        total = total + wide.sum(1)
-        squares = squares + wide.square().sum(1)
-    n = len(rendered)
-    mean = total / n
-    variance = (squares / n - mean.square()).clamp_min(0)
+    def read() -> Tensor:
+        """``[1 + 2 * (L+1) * P * H]`` float64: prompts read by this rank, sums and sums of squares of their states."""
+        mine = group.share([len(prompt.ids) for prompt in rendered], batch_size)
+        total = squares = torch.zeros(shape, dtype=torch.float64)
+        shown = progress and group.rank == 0
+        own = [rendered[i] for i in mine]
+        settings: dict[str, Any] = {"batch_size": batch_size, "progress": shown, "label": f"reading {side}"}
+        for batch in capture(model, own, positions, **settings) if mine else ():
+            _check_finite(batch, mine, side, positions)
+            wide = batch.states.double()
+            total = total + wide.sum(1)
+            squares = squares + wide.square().sum(1)
+        return torch.cat([torch.tensor([float(len(mine))]), total.flatten(), squares.flatten()])
+
+    fingerprint = _fingerprint(model)
+    shape = (fingerprint.layers + 1, len(positions), fingerprint.width)
+    sums = group.sum(group.agree(read))
+    n = int(sums[0])
+    mean, mean_square = (part.reshape(shape) / n for part in sums[1:].chunk(2))
+    variance = (mean_square - mean.square()).clamp_min(0)
     return [Means(position, n, mean[:, p].clone(), variance[:, p].clone()) for p, position in enumerate(positions)]
 
 
-def _check_finite(batch: Captured, side: str, positions: Sequence[Position]) -> None:
+def _check_finite(batch: Captured, numbers: Sequence[int], side: str, positions: Sequence[Position]) -> None:
     finite = batch.states.isfinite().all(-1)  # [L+1, n, P]
     if bool(finite.all()):
         return
     layer, row, place = (int(i) for i in (~finite).nonzero()[0])
     last = finite.shape[0] - 1
     where = f"layer {last - 1} (output)" if layer == last else f"layer {layer}"
-    raise ValueError(f"{where}: NaN or Inf in the state of {side} prompt {batch.prompts[row]} at {positions[place]}")
+    prompt = numbers[batch.prompts[row]]
+    raise ValueError(f"{where}: NaN or Inf in the state of {side} prompt {prompt} at {positions[place]}")
 
 
 def _fingerprint(model: nn.Module) -> Fingerprint:

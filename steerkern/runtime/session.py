@@ -217,7 +217,7 @@ class Session:
         tokens = [t for step in plan.steps for marker in step.tokens.markers for sequence in marker for t in sequence]
         if not tokens:
             return
-        known = int(self.anatomy.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+        known = int(self.anatomy.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         if max(tokens) >= known:
             raise PlanError(f"plan {plan.name!r} waits for token {max(tokens)}, the model knows 0..{known - 1}")
 

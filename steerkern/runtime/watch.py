@@ -321,8 +321,12 @@ def _undisturbed(modules: Iterable[nn.Module], hooks: bool) -> Iterator[None]:
             own[name] = value
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storage(tensor: Any) -> int:
+    try:
+        address: int = tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # a DTensor has no storage of its own
+        address = tensor._local_tensor.untyped_storage().data_ptr()
+    return address
 
 
 def _storages(values: Iterable[Any]) -> set[int]:
@@ -330,7 +334,7 @@ def _storages(values: Iterable[Any]) -> set[int]:
     found: set[int] = set()
     for value in values:
         if isinstance(value, Tensor):
-            found.add(value.untyped_storage().data_ptr())
+            found.add(_storage(value))
         elif isinstance(value, (tuple, list)):
             found |= _storages(value)
         elif isinstance(value, dict):

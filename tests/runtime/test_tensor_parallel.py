@@ -1,4 +1,7 @@
-"""Two gloo ranks of a tensor-parallel model, as transformers shards it, steer like one process."""
+"""Two gloo ranks of a tensor-parallel model, as transformers shards it, steer like one process.
+
+Attaching runs a probe forward, which holds collectives like any other: every rank has to attach.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.distributed
+from packaging import version
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +27,8 @@ from tests.runtime.models import LAYERS, VOCABULARY, WIDTH, tiny_llama
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 ROWS = ["up", None, ("up", "gone"), "gone"]
+NATIVE = version.parse(transformers.__version__).major >= 5
+"""Whether transformers takes a DistributedConfig; before, it takes ``tp_plan`` itself and needs accelerate."""
 TOLERANCE = 1e-4  # logits up to 10, fp32: an all-reduce adds the halves of each row in another order (8e-6 measured)
 
 
@@ -36,7 +43,7 @@ def prompts() -> tuple[Tensor, Tensor]:
 def plans() -> list[sk.Plan]:
     up, gone = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(7))
     return [
-        sk.Plan(sk.add(up / up.norm(), 3.0), layers=[2], scope="decode", name="up"),
+        sk.Plan(sk.add(up / up.norm(), 12.0), layers=[2], scope="reply", name="up"),
         sk.Plan(sk.ablate(gone), layers="all", name="gone"),
     ]
 
@@ -44,7 +51,7 @@ def plans() -> list[sk.Plan]:
 def steered(model: Any, rows: list[Any] | None) -> dict[str, Any]:
     """Logits of the prompts and a greedy reply; ``rows`` None leaves the model alone."""
     ids, mask = prompts()
-    session = None if rows is None else sk.steer(model, plans(), backend="reference")
+    session = None if rows is None else sk.steer(model, plans())
     if session is not None:
         session.rows(rows)
     with torch.no_grad():
@@ -65,11 +72,12 @@ def work(rank: int, port: int, folder: Path) -> None:
         os.environ.update({name: str(value) for name, value in place.items()})
         torch.distributed.init_process_group("gloo")
         model = sharded(folder / "model")
+        split = model.model.layers[0].self_attn.q_proj.weight
         kept = {
-            "local rows": model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0],
+            "local rows": getattr(split, "to_local", lambda: split)().shape[0],
             "plain": steered(model, None),
             "steered": steered(model, ROWS),
-            "one rank": steered(model, ROWS if rank == 0 else None),
+            "one rank": steered(model, ROWS if rank == 0 else [None] * len(ROWS)),
             "after": steered(model, None),
             "means": extracted(model),
         }
@@ -82,9 +90,10 @@ def work(rank: int, port: int, folder: Path) -> None:
 
 def sharded(path: Path) -> Any:
     """The model of ``path`` with each projection split over the ranks."""
-    from transformers.distributed import DistributedConfig
-
-    return AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_plan="auto")).eval()
+    how: dict[str, Any] = {"tp_plan": "auto"}
+    if NATIVE:
+        how = {"distributed_config": transformers.distributed.DistributedConfig(**how)}
+    return AutoModelForCausalLM.from_pretrained(path, **how).eval()
 
 
 def model_alone() -> Any:
@@ -99,8 +108,8 @@ def extracted(model: Any) -> Tensor:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two ranks saw."""
-    if importlib.util.find_spec("transformers.distributed") is None:
-        pytest.skip("this transformers has no tensor parallelism on the CPU")
+    if not NATIVE and importlib.util.find_spec("accelerate") is None:
+        pytest.skip("transformers 4 needs accelerate for tensor parallelism")
     folder = tmp_path_factory.mktemp("parallel")
     model_alone().save_pretrained(folder / "model")
     with socket.socket() as free:
