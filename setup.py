@@ -5,7 +5,8 @@ torch reference), ``cpu`` (the CPU kernels or an error), ``cuda`` (those and the
 12 or newer, no GPU), ``none``. ``auto`` never builds CUDA, nvcc or not: that takes minutes instead of seconds.
 ``STEERKERN_CUDA_ARCHS=80,90``: compute capabilities to compile for, default ``80,90,100,120`` as far as nvcc knows
 them; the last one is embedded as PTX too, for devices to come. ``STEERKERN_JOBS``: compilers of CUDA run at once.
-``STEERKERN_WERROR=1`` turns warnings into errors. ``STEERKERN_SANITIZE=address,undefined`` builds for that sanitizer.
+``PYBIND11_INCLUDE``: pybind11's headers, where the package is not installed. ``STEERKERN_WERROR=1`` turns warnings into
+errors. ``STEERKERN_SANITIZE=address,undefined`` builds for that sanitizer.
 """
 
 import os
@@ -15,8 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CHOICES = ("auto", "none", "cpu", "cuda")
@@ -29,9 +29,18 @@ def warnings() -> list[str]:
     return ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("STEERKERN_WERROR") == "1" else [])]
 
 
-def extension(cuda: bool, optional: bool) -> Pybind11Extension:
+def pybind11_headers() -> str:
+    """Those of the package, or of ``PYBIND11_INCLUDE`` (torch has a copy) on a machine without it."""
+    if given := os.environ.get("PYBIND11_INCLUDE"):
+        return given
+    import pybind11
+
+    return str(pybind11.get_include())
+
+
+def extension(cuda: bool, optional: bool) -> Extension:
     """The extension; with ``optional``, a failed build is reported and left out."""
-    flags = ["-O3", *warnings(), "-Wno-psabi", "-fvisibility=hidden", "-ffp-contract=off"]
+    flags = ["-std=c++17", "-O3", *warnings(), "-Wno-psabi", "-fvisibility=hidden", "-ffp-contract=off"]
     link = []
     if sys.platform.startswith("linux"):
         flags.append("-fopenmp")
@@ -40,12 +49,13 @@ def extension(cuda: bool, optional: bool) -> Pybind11Extension:
         flags += ["-g", "-O1", f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined"]
         link = ["-fopenmp", f"-fsanitize={sanitize}"]
     folders = ["cpu", "cuda"] if cuda else ["cpu"]
-    return Pybind11Extension(
+    return Extension(
         "steerkern._C",
         sources=["csrc/bindings.cpp", *(str(p) for f in folders for p in sorted(Path("csrc", f).glob("*.cpp")))],
         depends=[str(p) for pattern in ("*.h", "*.cu") for p in sorted(Path("csrc").rglob(pattern))],
         define_macros=[("STEERKERN_CUDA", "1")] if cuda else [],
-        cxx_std=17,
+        include_dirs=[pybind11_headers()],
+        language="c++",
         extra_compile_args=flags,
         extra_link_args=link,
         optional=optional,
@@ -89,13 +99,13 @@ def library_folders(nvcc: str) -> list[str]:
 class Build(build_ext):
     """``build_ext`` that compiles the kernels with nvcc first and links them in with a static cudart."""
 
-    def build_extension(self, ext: Pybind11Extension) -> None:
+    def build_extension(self, ext: Extension) -> None:
         """Compile and link one extension."""
         if ("STEERKERN_CUDA", "1") in ext.define_macros:
             self._add_kernels(ext)
         super().build_extension(ext)
 
-    def _add_kernels(self, ext: Pybind11Extension) -> None:
+    def _add_kernels(self, ext: Extension) -> None:
         nvcc = find_nvcc()
         archs = choose_archs(nvcc)
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)

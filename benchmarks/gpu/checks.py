@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -37,7 +38,7 @@ def build(arch: str, timeout: float) -> dict[str, Any]:
         return {"built": False, "archs": archs}
     # what torch brings may come before nvcc's own libraries; the extension has cudart inside
     jobs = str(min(8, os.cpu_count() or 1))
-    options = {"STEERKERN_BUILD": "cuda", "STEERKERN_CUDA_ARCHS": arch, "STEERKERN_JOBS": jobs}
+    options = {"STEERKERN_BUILD": "cuda", "STEERKERN_CUDA_ARCHS": arch, "STEERKERN_JOBS": jobs, **headers()}
     code, log = python("setup.py", "-q", "build_ext", "--inplace", timeout=timeout, **options)
     if code:
         raise RuntimeError(f"the build failed with {code}: {log[-1500:]}")
@@ -48,6 +49,15 @@ def build(arch: str, timeout: float) -> dict[str, Any]:
     if reason:
         raise RuntimeError(f"the extension does not run: {reason}")
     return {"built": True, "archs": archs}
+
+
+def headers() -> dict[str, str]:
+    """Where a build finds pybind11 on a machine without the package: torch carries its headers."""
+    if importlib.util.find_spec("pybind11") is not None:
+        return {}
+    import torch
+
+    return {"PYBIND11_INCLUDE": str(Path(torch.__file__).parent / "include")}
 
 
 def tests(dry: bool, timeout: float) -> dict[str, Any]:

@@ -7,13 +7,8 @@
 
 #include <cstring>
 
-#include "call.h"
-#include "elements.h"
-#if defined(STEER_MACHINE)
-#include STEER_MACHINE
-#else
-#include "machine.h"
-#endif
+#include "pieces.h"
+#include "span.h"
 
 namespace steerkern::cuda {
 
@@ -35,100 +30,6 @@ enum Stage { kAfterLift, kSquares, kMean, kVariance, kStages };
 // Floats of shared memory: tables, sums of every warp of the row, and per warp of this block coefficients and rows.
 STEER_INLINE constexpr int shared_floats(int warps, int warps_of_block) {
   return kTableFloats + (kSums + kStages) * warps + 2 * kMaxEntries * warps_of_block;
-}
-
-// What a row's slot refers to. `count` is 0 where there is nothing to do or a table would be left.
-struct Span {
-  int32_t first, count, mode;
-  STEER_DEVICE bool operator==(const Span& o) const { return first == o.first && count == o.count && mode == o.mode; }
-};
-
-STEER_DEVICE Span span_of(const Tables& t, int32_t slot) {
-  if (slot < 0 || slot >= t.slots) return {0, 0, 0};
-  const int32_t* p = t.span + 3 * int64_t(slot);
-  const Span s = {load_fresh(p), load_fresh(p + 1), load_fresh(p + 2)};
-  if (s.count < 0 || s.count > kMaxEntries || s.first < 0 || int64_t(s.first) + s.count > t.entries) return {0, 0, 0};
-  return s;
-}
-
-// What a lane needs to know of the entries `lane` and `lane + 32` of a span; all loads are independent.
-struct Entries {
-  int32_t row[2], flags[2];
-  bool fault;  // a row, mate or gate that does not exist
-};
-
-STEER_DEVICE Entries entries_of(const Tables& t, const Span& span, int lane) {
-  Entries found = {};
-  STEER_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const int k = lane + 32 * i;
-    if (k >= span.count) continue;
-    const int32_t* p = t.links + span.first + k;
-    const int32_t row = load_fresh(p), mate = load_fresh(p + t.entries), gate = load_fresh(p + 2 * t.entries);
-    const int32_t flags = load_fresh(p + 3 * t.entries);
-    found.row[i] = row;
-    found.flags[i] = flags;
-    found.fault |= row < 0 || row >= t.rows || mate >= span.count || gate >= span.count || ((flags & kPair) && mate < 0);
-  }
-  return found;
-}
-
-template <class T>
-constexpr int kWide = 16 / int(sizeof(T));  // elements in 16 bytes
-
-STEER_DEVICE Two unpack(uint32_t word, Bfloat16) { return {float_of(word << 16), float_of(word & 0xffff0000u)}; }
-
-template <class T>
-STEER_DEVICE void unpack(const Raw& raw, float (&x)[kWide<T>]) {
-  STEER_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      x[i] = float_of(raw.word[i]);
-    } else {
-      const Two pair = unpack(raw.word[i], T{});
-      x[2 * i] = pair.low;
-      x[2 * i + 1] = pair.high;
-    }
-  }
-}
-
-template <class T>
-STEER_DEVICE Raw pack(const float (&x)[kWide<T>]) {
-  Raw raw;
-  STEER_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      raw.word[i] = bits_of(x[i]);
-    } else {
-      raw.word[i] = pack(x[2 * i], x[2 * i + 1], T{});
-    }
-  }
-  return raw;
-}
-
-// Rounds to the row's dtype and back; returns the rounded piece.
-template <class T>
-STEER_DEVICE Raw round_to(float (&x)[kWide<T>]) {
-  const Raw raw = pack<T>(x);
-  if constexpr (sizeof(T) == 2) unpack<T>(raw, x);
-  return raw;
-}
-
-STEER_DEVICE float reduce(float x) {
-  STEER_UNROLL
-  for (int mask = 16; mask > 0; mask >>= 1) x = add(x, shuffle_xor(x, mask));
-  return x;
-}
-
-// Four sums over a warp in 6 shuffles instead of 20: lane l ends up with the total of s[l / 8].
-STEER_DEVICE float reduce(const float (&s)[4], int lane) {
-  const bool upper = lane & 16, odd = lane & 8;
-  const float low = add(upper ? s[2] : s[0], shuffle_xor(upper ? s[0] : s[2], 16));
-  const float high = add(upper ? s[3] : s[1], shuffle_xor(upper ? s[1] : s[3], 16));
-  float x = add(odd ? high : low, shuffle_xor(odd ? low : high, 8));
-  STEER_UNROLL
-  for (int mask = 4; mask > 0; mask >>= 1) x = add(x, shuffle_xor(x, mask));
-  return x;
 }
 
 // kVectors: 16-byte pieces that a thread keeps in registers; 0: they are read again in each pass.

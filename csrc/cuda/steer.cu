@@ -6,10 +6,11 @@
 namespace steerkern::cuda {
 namespace {
 
-// 80 registers, the least without a spill on every arch: three blocks of 256 threads fit on a multiprocessor and cover
-// its memory latency. Rows that need four pieces per thread have as many bytes in flight with one block of 512.
+// Two blocks of 512 threads on a multiprocessor leave 64 registers each, with which no kernel spills on any arch. Rows
+// that need four pieces per thread have as many bytes in flight with one block, and the Gram matrix needs its sums.
 template <class T, int kVectors, bool kAligned, bool kGram, bool kLayerNorm>
-__global__ __launch_bounds__(kMaxWarps * 32, kVectors == 4 || kGram ? 1 : 2) void steer_rows(const __grid_constant__ Call call) {
+__global__ __launch_bounds__(kMaxWarps * 32, kVectors == 4 || kGram ? 1 : 2)
+void steer_rows(const __grid_constant__ Call call) {
   extern __shared__ float shared[];
   Row<T, kVectors, kAligned, kGram, kLayerNorm>(call, shared).run();
 }

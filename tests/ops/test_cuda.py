@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from cuda_runner import CudaRunner, load_host, no_host
 from programs import KINDS, Entry, pack, program, units
 from torch import Tensor
 
+from benchmarks.gpu import resources
+from benchmarks.gpu.resources import Kernel
 from steerkern.errors import BackendError
 from steerkern.ops import cuda
 from steerkern.ops.schemas import DTYPES, Flag, Norm, Tables
@@ -245,15 +246,9 @@ def test_a_backend_that_is_missing_says_why() -> None:
         cuda.steer(h, slot, program("add", 64))
 
 
-# What nvcc makes of it: one build for the oldest and one newer arch through setup.py, two to three minutes on one core.
+# What nvcc makes of it: one build for every arch through setup.py, two to three minutes on one core.
 
-BUILD_ARCHS = os.environ.get("STEERKERN_TEST_CUDA_ARCHS", "80,90")
-
-
-def _tool(name: str) -> str:
-    import triton  # carries cuobjdump and nvdisasm, which nvcc alone does not
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+BUILD_ARCHS = os.environ.get("STEERKERN_TEST_CUDA_ARCHS", "80,90,100,120")
 
 
 @pytest.fixture(scope="session")
@@ -336,48 +331,32 @@ tried(lambda: kernel(1, "h", 64, 0, 0, 0, 16, 0))
     assert lines[7] == "ValueError slots without tables: call bind first"
 
 
-def resources(built: Path) -> list[tuple[str, str, dict[str, int]]]:
-    """Arch, name and resource usage of every kernel."""
-    module = next((built / "steerkern").glob("_C*.so"))
-    text = subprocess.run(
-        [_tool("cuobjdump"), "--dump-resource-usage", str(module)], text=True, capture_output=True, check=True
-    ).stdout
-    found, arch = [], ""
-    for match in re.finditer(r"^arch = (\S+)|Function (\S*steer_rows\S*?):\s+(REG:.*)", text, re.MULTILINE):
-        if match[1]:
-            arch = match[1]
-        else:
-            usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", match[3])}
-            found.append((arch, match[2], usage))
-    return found
+@pytest.fixture(scope="session")
+def kernels(built: Path) -> list[Kernel]:
+    return resources.kernels(next((built / "steerkern").glob("_C*.so")))
 
 
-def test_no_kernel_spills(built: Path) -> None:
-    kernels = resources(built)
+def test_no_kernel_spills(kernels: list[Kernel]) -> None:
     assert len(kernels) == 27 * len(BUILD_ARCHS.split(","))
-    for arch, name, usage in kernels:
-        assert usage["STACK"] == usage["LOCAL"] == 0, (arch, name, usage)
-        assert usage["REG"] <= (128 if "Li4E" in name or "Lb1ELb1ELb0E" in name else 64), (arch, name, usage)
+    for kernel in kernels:
+        assert kernel.stack == 0, kernel
+        bound = 128 if "4 pieces" in kernel.title or "Gram" in kernel.title else 64
+        assert kernel.registers <= bound, kernel
 
 
-def test_machine_code_of_the_main_kernel(built: Path) -> None:
-    """bf16, width 2048, on sm_80: its barriers, and accesses of 16 bytes only where rows are concerned."""
-    module = next((built / "steerkern").glob("_C*.so"))
-    text = subprocess.run(
-        [_tool("cuobjdump"), "-arch", "sm_80", "-sass", str(module)], text=True, capture_output=True, check=True
-    ).stdout
-    parts = {part.split("\n")[0]: part for part in re.split(r"\n\s+Function : ", text)[1:]}
-    (main,) = (part for name, part in parts.items() if "Bfloat16ELi1ELb1ELb0ELb0E" in name)
-    codes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", main))
+def test_one_barrier_per_sum(kernels: list[Kernel]) -> None:
+    """Projection, norm before rescaling, sum of squares; LayerNorm has a mean besides."""
+    for kernel in kernels:
+        assert kernel.count("BAR.SYNC") == (4 if "LayerNorm" in kernel.title else 3), kernel
+        assert kernel.count("ATOM") == kernel.count("RED") == kernel.count("LDL") == kernel.count("STL") == 0, kernel
 
-    def count(start: str, end: str = "") -> int:
-        return sum(n for code, n in codes.items() if code.startswith(start) and end in code)
 
-    assert count("BAR.SYNC") == 3  # projection, norm before rescaling, sum of squares
-    assert count("LDG", ".128") == 2 + 1 + 2 * 2 * 2  # h and delta; weight; two halves of two bank rows, twice
-    assert count("STG", ".128") == 3  # h after an edit, h + delta without one, y
-    assert count("STG") - count("STG", ".128") == 2  # trace, for the entries below and from 32
-    assert count("ATOM") == count("RED") == count("LDL") == count("STL") == 0
+def test_machine_code_of_the_main_kernel(kernels: list[Kernel]) -> None:
+    """bf16, width 2048, on sm_80: accesses of 16 bytes only where rows are concerned."""
+    (main,) = (k for k in kernels if (k.arch, k.title) == ("sm_80", "bf16, 1 pieces per thread"))
+    assert main.count("LDG", ".128") == 2 + 1 + 2 * 2 * 2  # h and delta; weight; two halves of two bank rows, twice
+    assert main.count("STG", ".128") == 3  # h after an edit, h + delta without one, y
+    assert main.count("STG") - main.count("STG", ".128") == 2  # trace, for the entries below and from 32
 
 
 def test_every_tensor_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
