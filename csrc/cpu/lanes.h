@@ -206,20 +206,20 @@ STEER_FN Pair load_pair(const Bfloat16* p) {
   return x;
 }
 
-// Thirty-two floats in the order of the dtype.
+// Thirty-two floats from their natural order into that of the dtype.
 template <class T>
-STEER_FN Pair load_pair_as(const float* p, const T*) {
-  return load_pair(p);
+STEER_FN Pair order_as(Pair x, const T*) {
+  return x;
 }
 
-STEER_FN Pair load_pair_as(const float* p, const Bfloat16*) {
+STEER_FN Pair order_as(Pair x, const Bfloat16*) {
   Int even, odd;
   for (int i = 0; i < STEER_NATIVE; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
-  Pair x;
+  Float natural[2 * kParts];
+  for (int i = 0; i < kParts; ++i) natural[i] = x.one.part[i], natural[kParts + i] = x.two.part[i];
   for (int i = 0; i < kParts; ++i) {
-    const Float low = peek<Float>(p + 2 * i * STEER_NATIVE), high = peek<Float>(p + (2 * i + 1) * STEER_NATIVE);
-    x.one.part[i] = __builtin_shuffle(low, high, even);
-    x.two.part[i] = __builtin_shuffle(low, high, odd);
+    x.one.part[i] = __builtin_shuffle(natural[2 * i], natural[2 * i + 1], even);
+    x.two.part[i] = __builtin_shuffle(natural[2 * i], natural[2 * i + 1], odd);
   }
   return x;
 }

@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int kSums = 4;
+constexpr int kAhead = 8;  // directions of the next row that are worth fetching
 constexpr float kUnknown = -1.0f;  // a sum of squares that has not been computed
 
 // What a step of a sweep covers: four whole vectors, or `count` elements of one, the rest taken as zeros.
@@ -97,37 +98,49 @@ void project(const T* h, const float* const* v, float* a, int64_t width) {
   for (int d = 0; d < D; ++d) a[d] = total(sums[d]);
 }
 
+// What the next row will read, fetched while this one is computed: where it lies, and its directions if they differ.
+struct Ahead {
+  int64_t row = 0;  // elements from this row to the next
+  int count = 0;
+  const float* v[kAhead];
+};
+
 enum class Lift { kStore, kMeasure, kRescale };
 
 // x = h + (c[0] v[0] + c[1] v[1] + ...), added in this order. kMeasure returns |x|^2 and leaves the row alone; kStore
-// writes h = round(x) and kRescale h = round(x * ratio), and both return the new |h|^2.
+// writes h = round(x) and kRescale h = round(x * ratio), and both return the new |h|^2. Meanwhile the next row's
+// directions are fetched, because this pass waits for arithmetic and the others for memory: with a direction of its own
+// for each of 256 rows of 2048 bfloat16 the call takes 1.06 times as long as with one for all, 1.4 times without.
 template <Lift kind, class T>
-float lift(T* h, const float* const* v, const float* c, int terms, int64_t width, float ratio = 1.0f) {
+float lift(T* h, const float* const* v, const float* c, int terms, int64_t width, const Ahead& ahead,
+           float ratio = 1.0f) {
   Lanes squares[kSums] = {};
   const auto finish = [&](Lanes x) STEER_LAMBDA {
     if (kind == Lift::kRescale) x = x * fill(ratio);
     return kind == Lift::kMeasure ? x : rounded_mixed(x, h);
   };
   sweep_steps(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
-    if constexpr (decltype(extent)::kVectors == 1) {
-      Lanes sum = fill(c[0]) * load(v[0] + j, extent);
-      for (int k = 1; k < terms; ++k) sum = sum + fill(c[k]) * load(v[k] + j, extent);
-      const Lanes x = finish(load(h + j, extent) + sum);
+    constexpr int kVectors = decltype(extent)::kVectors;
+    Lanes sum[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) sum[i] = fill(c[0]) * load(v[0] + j + i * kLanes, extent);
+    for (int k = 1; k < terms; ++k) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) sum[i] = sum[i] + fill(c[k]) * load(v[k] + j + i * kLanes, extent);
+    }
+    if constexpr (kVectors == 1) {
+      const Lanes x = finish(load(h + j, extent) + sum[0]);
       if (kind != Lift::kMeasure) store(h + j, x, extent);
       squares[g] = squares[g] + x * x;
     } else {
+      for (int k = 0; k < ahead.count; ++k)
+        for (int i = 0; i < kVectors; ++i) __builtin_prefetch(ahead.v[k] + j + i * kLanes);
 #pragma GCC unroll 2
-      for (int i = 0; i < kSums; i += 2) {
-        const int64_t at = j + i * kLanes;
-        Pair sum = load_pair_as(v[0] + at, h);
-        sum = {fill(c[0]) * sum.one, fill(c[0]) * sum.two};
-        for (int k = 1; k < terms; ++k) {
-          const Pair term = load_pair_as(v[k] + at, h);
-          sum = {sum.one + fill(c[k]) * term.one, sum.two + fill(c[k]) * term.two};
-        }
-        Pair x = load_pair(h + at);
-        x = {finish(x.one + sum.one), finish(x.two + sum.two)};
-        if (kind != Lift::kMeasure) store_pair(h + at, x);
+      for (int i = 0; i < kVectors; i += 2) {
+        const Pair term = order_as({sum[i], sum[i + 1]}, h);
+        Pair x = load_pair(h + j + i * kLanes);
+        x = {finish(x.one + term.one), finish(x.two + term.two)};
+        if (kind != Lift::kMeasure) store_pair(h + j + i * kLanes, x);
         squares[i] = squares[i] + x.one * x.one;
         squares[i + 1] = squares[i + 1] + x.two * x.two;
       }
@@ -138,7 +151,7 @@ float lift(T* h, const float* const* v, const float* c, int terms, int64_t width
 
 // Edits one row; returns the new |h|^2 if a pass had it, else `square` as given.
 template <class T>
-float edit(const Call& call, T* h, int32_t slot, float* trace, float square) {
+float edit(const Call& call, T* h, int32_t slot, float* trace, float square, const Ahead& ahead) {
   const Tables& t = *call.tables;
   const int64_t first = t.span[3 * int64_t(slot)];
   const int count = t.span[3 * int64_t(slot) + 1];
@@ -170,9 +183,9 @@ float edit(const Call& call, T* h, int32_t slot, float* trace, float square) {
     packed[terms++] = c;
   }
   if (terms == 0) return square;
-  if (!keep_norm) return lift<Lift::kStore>(h, v, packed, terms, call.width);
-  const float after = __builtin_sqrtf(lift<Lift::kMeasure>(h, v, packed, terms, call.width));
-  return lift<Lift::kRescale>(h, v, packed, terms, call.width, after > 0.0f ? norm / after : 1.0f);
+  if (!keep_norm) return lift<Lift::kStore>(h, v, packed, terms, call.width, ahead);
+  const float after = __builtin_sqrtf(lift<Lift::kMeasure>(h, v, packed, terms, call.width, ahead));
+  return lift<Lift::kRescale>(h, v, packed, terms, call.width, Ahead{}, after > 0.0f ? norm / after : 1.0f);
 }
 
 // Calls f(h, weight, bias, y) for each thirty-two elements; the last call works on zero-padded copies. Meanwhile the
@@ -251,16 +264,28 @@ void normalise(const Call& call, const T* h, T* y, int64_t next, float square) {
   scale_row<Norm::kFp32>(h, weight, y, call.width, next, scale);
 }
 
+Ahead look_ahead(const Call& call, int64_t i, int64_t end) {
+  Ahead ahead;
+  if (i + 1 == end) return ahead;
+  ahead.row = call.h_stride;
+  if (!call.slot || call.slot[i + 1] < 0 || call.slot[i + 1] == call.slot[i]) return ahead;
+  const Tables& t = *call.tables;
+  const int32_t* span = t.span + 3 * int64_t(call.slot[i + 1]);
+  ahead.count = span[1] < kAhead ? span[1] : kAhead;
+  for (int k = 0; k < ahead.count; ++k) ahead.v[k] = t.bank + t.row(span[0] + k) * call.width;
+  return ahead;
+}
+
 template <class T>
 void run_rows(const Call& call, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     T* h = static_cast<T*>(call.h) + i * call.h_stride;
+    const Ahead ahead = look_ahead(call, i, end);
     float square = kUnknown;
     if (call.delta) square = add(h, static_cast<const T*>(call.delta) + i * call.delta_stride, call.width);
     if (call.slot && call.slot[i] >= 0)
-      square = edit(call, h, call.slot[i], call.trace ? call.trace + i * call.trace_columns : nullptr, square);
-    const int64_t next = i + 1 < end ? call.h_stride : 0;
-    if (call.norm != Norm::kNone) normalise(call, h, static_cast<T*>(call.y) + i * call.width, next, square);
+      square = edit(call, h, call.slot[i], call.trace ? call.trace + i * call.trace_columns : nullptr, square, ahead);
+    if (call.norm != Norm::kNone) normalise(call, h, static_cast<T*>(call.y) + i * call.width, ahead.row, square);
   }
 }
 

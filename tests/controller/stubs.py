@@ -8,7 +8,6 @@ import torch
 
 from steerkern.decisions import Read
 
-
 READS = (Read(1, "resid_post"),)
 
 
