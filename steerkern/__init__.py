@@ -1,6 +1,7 @@
 """Activation steering inside the normalisation kernel of a language model's decode loop."""
 
 from .artifacts import Fingerprint
+from .controller import Controller
 from .decisions import Condition, Latch, Read, Term, cast
 from .directions import Direction, Directions
 from .edits import Edit, ablate, add, cap, clamp, probe, rotate
@@ -19,6 +20,7 @@ __all__ = [
     "BackendError",
     "Capacity",
     "Condition",
+    "Controller",
     "Direction",
     "Directions",
     "Edit",

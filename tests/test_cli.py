@@ -14,7 +14,7 @@ from steerkern import organism
 from steerkern.cli import app
 from steerkern.cli.doctor import EXTRAS
 
-COMMANDS = ("demo", "extract", "generate", "inspect", "doctor")
+COMMANDS = ("demo", "extract", "generate", "train-controller", "inspect", "doctor")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +78,7 @@ def test_an_unknown_command_lists_the_commands():
     result = run("run", "refusal-cliff")
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr == "no command 'run'; there are demo, extract, generate, inspect, doctor\n"
+    assert result.stderr == f"no command 'run'; there are {', '.join(COMMANDS)}\n"
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
