@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -113,6 +116,16 @@ class Plan:
         """The model that the directions were read from, where it is known."""
         return next((e.model for step in self.steps for e in step.edits if e.model is not None), None)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the plan does, whatever its name."""
+        steps, tensors = self._record()
+        digest = hashlib.sha256(json.dumps(steps).encode())
+        for key in sorted(tensors):
+            digest.update(f"{key} {tuple(tensors[key].shape)}".encode())
+            digest.update(tensors[key].float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def __add__(self, other: Plan) -> Plan:
         """Both plans on the same rows: edits that meet at a site act simultaneously.
 
@@ -148,11 +161,14 @@ class Plan:
         Raises:
             ArtifactError: the folder cannot be written, or the plan is over a limit of the format.
         """
-        tensors: dict[str, Tensor] = {}
-        controllers: list[Gains] = []
-        steps = [step_to_json(step, i, tensors, controllers) for i, step in enumerate(self.steps)]
+        steps, tensors = self._record()
         header = {"name": self.name, "model": fingerprint_to_json(self.model), "steps": steps}
         write_folder(folder, "plan", header, tensors)
+
+    def _record(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        tensors: dict[str, Tensor] = {}
+        controllers: list[Gains] = []
+        return [step_to_json(step, i, tensors, controllers) for i, step in enumerate(self.steps)], tensors
 
     @staticmethod
     def from_pretrained(source: str | os.PathLike[str]) -> Plan:

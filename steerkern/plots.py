@@ -1,10 +1,11 @@
-"""Plots as data: panels of lines, drawn as PNG files by matplotlib where that is installed."""
+"""Plots as data: panels of lines, points or cells, drawn as PNG files by matplotlib where that is installed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 from .errors import SteerkernError
 
@@ -39,12 +40,43 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class Scatter:
+    """Points by group on one pair of axes, with lines through zero: which side of it a point is on is what counts."""
+
+    title: str
+    x_label: str
+    y_label: str
+    groups: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Cells ``values[row][column]``, row 0 at the bottom; None is an empty cell.
+
+    ``diverging`` colours by sign, with white at zero; ``boxed`` are (row, column) cells that are pointed out.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    values: tuple[tuple[float | None, ...], ...]
+    x_ticks: tuple[str, ...]
+    y_ticks: tuple[str, ...]
+    bar_label: str = ""
+    diverging: bool = False
+    boxed: tuple[tuple[int, int], ...] = ()
+
+
+Axis = Union[Panel, Scatter, HeatMap]
+
+
+@dataclass(frozen=True)
 class Plot:
     """A picture of panels side by side, stored as ``NAME.png``; its numbers are in the report's JSON."""
 
     name: str
     title: str
-    panels: tuple[Panel, ...]
+    panels: tuple[Axis, ...]
     caption: str = ""
 
     def save(self, folder: Path) -> Path:
@@ -63,7 +95,7 @@ class Plot:
         if self.caption:
             figure.supxlabel(self.caption, fontsize=8, color="#555555")
         for axes, panel in zip(figure.subplots(1, len(self.panels), squeeze=False)[0], self.panels, strict=True):
-            _draw(axes, panel)
+            _DRAW[type(panel)](axes, panel)
         path = folder / f"{self.name}.png"
         figure.savefig(path)
         return path
@@ -78,19 +110,13 @@ def require_plots(otherwise: str = "") -> None:
         raise SteerkernError(f"plots need matplotlib, which is not installed: {command}") from None
 
 
-def _draw(axes: Axes, panel: Panel) -> None:
+def _lines(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     for i, line in enumerate(panel.lines):
         colour, marker = PALETTE[i % len(PALETTE)], "os^Dv"[i % 5]
         axes.plot(line.x, line.y, color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=line.label)
-    axes.set_title(panel.title, fontsize=10)
-    axes.set_xlabel(panel.x_label, fontsize=9)
-    axes.set_ylabel(panel.y_label, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _frame(axes, panel)
     if panel.share:
         axes.set_ylim(-0.04, 1.04)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -101,4 +127,56 @@ def _draw(axes: Axes, panel: Panel) -> None:
     if panel.mark is not None:
         at, label = panel.mark
         axes.axvline(at, color="#999999", linewidth=1.2, linestyle=(0, (4, 3)), zorder=0, label=label)
+    _legend(axes)
+
+
+def _points(axes: Axes, panel: Scatter) -> None:
+    for i, group in enumerate(panel.groups):
+        colour, marker = PALETTE[i % len(PALETTE)], "os^Dv"[i % 5]
+        axes.scatter(group.x, group.y, s=16, color=colour, marker=marker, alpha=0.65, linewidths=0, label=group.label)
+    _frame(axes, panel)
+    axes.axhline(0, color="#999999", linewidth=1.0, zorder=0)
+    axes.axvline(0, color="#999999", linewidth=1.0, zorder=0)
+    _legend(axes)
+
+
+def _cells(axes: Axes, panel: HeatMap) -> None:
+    from matplotlib.patches import Rectangle
+
+    cells = [[float("nan") if value is None else value for value in row] for row in panel.values]
+    known = [abs(value) for row in panel.values for value in row if value is not None]
+    most = max(known, default=1.0) or 1.0
+    limits = {"vmin": -most, "vmax": most, "cmap": "RdBu_r"} if panel.diverging else {"cmap": "viridis"}
+    image = axes.imshow(cells, origin="lower", aspect="auto", interpolation="nearest", **limits)
+    _frame(axes, panel)
+    axes.grid(False)
+    crowded = sum(map(len, panel.x_ticks)) > 30
+    axes.set_xticks(range(len(panel.x_ticks)), panel.x_ticks, rotation=60 if crowded else 0)
+    axes.set_yticks(range(len(panel.y_ticks)), panel.y_ticks)
+    if crowded:
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
+            label.set_rotation_mode("anchor")
+    for row, column in panel.boxed:
+        box = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#111111", linewidth=1.8)
+        axes.add_patch(box)
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.05)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label(panel.bar_label, fontsize=8)
+
+
+def _frame(axes: Axes, panel: Axis) -> None:
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel(panel.x_label, fontsize=9)
+    axes.set_ylabel(panel.y_label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(axes: Axes) -> None:
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.16))
+
+
+_DRAW: dict[type, Callable[..., None]] = {Panel: _lines, Scatter: _points, HeatMap: _cells}

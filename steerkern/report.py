@@ -10,11 +10,11 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Protocol, Union
 
 from .artifacts import Fingerprint
 from .errors import SteerkernError
@@ -74,6 +74,22 @@ class Provenance:
             datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 
+    def to_markdown(self) -> str:
+        """One line per fact."""
+        model = self.model
+        facts = {
+            "command": f"`{self.command}`",
+            "model": f"{model['source']} ({model['model_type']}, {model['layers']} layers, {model['dtype']})",
+            "scorer": self.scorer,
+            "seed": self.seed,
+            "ran on": f"{self.backend}, {self.device}, {self.threads} threads",
+            "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            "made": self.created,
+        }
+        for name, entry in self.prompts.items():
+            facts[name] = f"{entry['count']} prompts, sha256 {str(entry['sha256'])[:12]}"
+        return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact is not None)
+
 
 @dataclass(frozen=True)
 class Column:
@@ -111,6 +127,13 @@ class Table:
             "note": self.note,
         }
 
+    def to_markdown(self) -> str:
+        """A Markdown table under its title."""
+        heads = [_cells(column.title for column in self.columns), _cells("---" for _ in self.columns)]
+        lines = [f"### {self.title}", "", *heads]
+        lines += [_cells(column.text(row.get(column.key)) for column in self.columns) for row in self.rows]
+        return "\n".join([*lines, *(["", self.note] if self.note else [])])
+
     def render(self) -> RichTable:
         """For a terminal: text to the left, numbers to the right."""
         from rich import box
@@ -135,6 +158,13 @@ class Table:
         return table
 
 
+class Saved(Protocol):
+    """Something that a run made besides numbers, such as a guard or a plan."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write it into ``folder``."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What a run found: sentences, tables, plots and any further values, with its provenance."""
@@ -145,6 +175,10 @@ class Report:
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
+    headline: Mapping[str, float] = field(default_factory=dict)
+    """The few numbers that the run is about, by name: what reports are compared by."""
+    artefacts: Mapping[str, Saved] = field(default_factory=dict)
+    """What the run made, by the name of its folder beside the report."""
 
     def __getitem__(self, name: str) -> Table:
         """The table of that name."""
@@ -162,17 +196,27 @@ class Report:
             "notes": list(self.notes),
             "tables": {table.name: table.to_json() for table in self.tables},
             "plots": {plot.name: asdict(plot) for plot in self.plots},
+            "headline": dict(self.headline),
             "values": dict(self.values),
             "provenance": asdict(self.provenance),
         }
         return {key: _finite(value) for key, value in content.items()}
 
     def save(self, folder: str | os.PathLike[str], *, plots: bool = True) -> list[Path]:
-        """Write ``report.json`` and the plots into ``folder``, and return the paths of what was written."""
+        """Write ``report.json``, ``report.md``, the plots and artefacts into ``folder``; returns what was written."""
         path = prepare_folder(folder)
         (path / "report.json").write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
         drawn = [plot.save(path) for plot in self.plots] if plots else []
-        return [path / "report.json", *drawn]
+        (path / "report.md").write_text(self.to_markdown([file.name for file in drawn]), encoding="utf-8")
+        for name, made in self.artefacts.items():
+            made.save_pretrained(path / name)
+        return [path / "report.json", path / "report.md", *drawn, *(path / name for name in self.artefacts)]
+
+    def to_markdown(self, pictures: Sequence[str] = ()) -> str:
+        """The report as a page that shows ``pictures`` (files beside it)."""
+        parts = [f"# {self.title}", *self.notes, *(f"![{name}]({name})" for name in pictures)]
+        parts += [table.to_markdown() for table in self.tables]
+        return "\n\n".join([*parts, "### How it was made", self.provenance.to_markdown()]) + "\n"
 
     def print(self, console: Console) -> None:
         """Write title, notes and tables to a terminal."""
@@ -182,6 +226,11 @@ class Report:
         for table in self.tables:
             console.print()
             console.print(table.render())
+
+
+def with_command(report: Report, command: str) -> Report:
+    """The same report, made by the command line ``command``."""
+    return replace(report, provenance=replace(report.provenance, command=command))
 
 
 def prepare_folder(folder: str | os.PathLike[str]) -> Path:
@@ -198,6 +247,10 @@ def prepare_folder(folder: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise SteerkernError(f"cannot write to folder {path}: {error.strerror or error}") from None
     return path
+
+
+def _cells(texts: Iterable[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
 
 
 def hash_texts(texts: Sequence[str]) -> str:

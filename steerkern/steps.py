@@ -28,7 +28,8 @@ class Tokens:
     ``phase`` is ``all``, ``prompt``, ``decode`` (tokens after the prompt) or ``reply`` (those whose outputs are the
     reply: the last prompt token and all after it, so that the first generated token is steered too). ``positions``
     picks prompt tokens, negative ones counted from its end: ``-1`` is ``t_post``, the last token of the templated
-    prompt. ``start`` and ``stop`` bound the position over prompt and generated tokens alike.
+    prompt. ``start`` and ``stop`` bound the position over prompt and generated tokens alike; a negative
+    ``stop`` counts from the end of the prompt, so that ``stop=-5`` leaves its last five tokens and the reply alone.
 
     Events narrow this down. ``after`` lets the step act on the tokens that follow the latest occurrence of a token
     sequence, ``until`` stops it after the last token of one, so ``until=m`` and ``after=m`` meet without a gap; both
@@ -62,8 +63,11 @@ class Tokens:
             object.__setattr__(self, "positions", tuple(numbers))
         if type(self.start) is not int or self.start < 0:
             raise ValueError(f"start must be a whole number from 0, got {reprlib.repr(self.start)}")
-        if self.stop is not None and (type(self.stop) is not int or self.stop <= self.start):
-            raise ValueError(f"stop must be a whole number above start {self.start}, got {reprlib.repr(self.stop)}")
+        if self.stop is not None and (type(self.stop) is not int or 0 <= self.stop <= self.start):
+            allowed = f"stop must be a whole number above start {self.start}, or below 0"
+            raise ValueError(f"{allowed}, got {reprlib.repr(self.stop)}")
+        if self.stop is not None and self.stop < 0 and self.phase in ("decode", "reply"):
+            raise ValueError(f"stop {self.stop} counts from the end of the prompt: phase {self.phase!r} is past it")
         for name in ("after", "until"):
             object.__setattr__(self, name, _marker(getattr(self, name), name))
         if self.first is not None and (type(self.first) is not int or self.first < 1):

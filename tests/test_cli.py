@@ -15,6 +15,7 @@ from steerkern.cli import app
 from steerkern.cli.doctor import EXTRAS
 
 COMMANDS = ("demo", "extract", "generate", "train-controller", "inspect", "doctor")
+GROUPS = ("run",)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,10 +76,10 @@ def test_version_and_help():
 
 
 def test_an_unknown_command_lists_the_commands():
-    result = run("run", "refusal-cliff")
+    result = run("steer", "model")
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr == f"no command 'run'; there are {', '.join(COMMANDS)}\n"
+    assert result.stderr == f"no command 'steer'; there are {", ".join((*COMMANDS, *GROUPS))}\n"
 
 
 def test_a_bug_is_not_hidden(monkeypatch):

@@ -1,4 +1,4 @@
-"""The command line: ``steerkern demo | extract | generate | train-controller | inspect | doctor``.
+"""The command line: ``steerkern demo | extract | generate | train-controller | run | inspect | doctor``.
 
 Every command takes ``--json`` and then writes one JSON document to stdout and nothing else; progress and warnings go to
 stderr. What a user got wrong is one sentence on stderr and exit code 2 (``STEERKERN_TRACEBACK=1`` shows the traceback).
@@ -17,6 +17,7 @@ from .extract import extract
 from .generate import generate
 from .inspect import inspect
 from .outcome import command
+from .run import systems
 from .train_controller import train_controller
 
 __all__ = ["app", "main"]
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 for run in (demo, extract, generate, train_controller, inspect, doctor):
     app.command()(command(run))
+app.add_typer(systems, name="run")
 
 
 def _version(wanted: bool) -> None:

@@ -35,7 +35,8 @@ def demo(
     """Find the refusal direction, ablate, add, subtract and clamp it, and measure replies and speed."""
     from .. import plots as drawing
     from .. import refusal, report
-    from ..demo import QUICK, Size, Subject, organism_examples, run, split_examples
+    from ..demo import QUICK, Size, organism_examples, run, split_examples
+    from ..subject import Subject
 
     refusal.get(scorer)
     if plots:

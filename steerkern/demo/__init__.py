@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from .. import refusal
 from ..report import Provenance, Report
+from ..subject import Progress, Subject
 from .effects import edit, effect_table, receipt_table, reply_table, strength_plot, sweep
-from .examples import QUICK, Example, Examples, Size, organism_examples, split_examples
+from .examples import QUICK, Example, Examples, Size, organism_examples, prompts, split_examples
 from .layers import Found, find, layer_table, profile_plot
 from .speed import measure_speed, ratio_table, speed_table
-from .subject import Progress, Subject
 
 __all__ = ["QUICK", "Example", "Examples", "Progress", "Size", "Subject", "organism_examples", "run", "split_examples"]
 
@@ -40,7 +40,7 @@ def run(subject: Subject, examples: Mapping[str, Examples], size: Size, *, threa
         tables.append(reply_table(effects))
     return Report(
         f"steerkern demo: {subject.source}",
-        _provenance(subject, examples, found, speed.backend, seed),
+        _provenance(subject, examples, speed.backend, seed),
         _notes(subject, examples, found),
         (*tables, speed_table(subject, speed), ratio_table(subject, speed)),
         (profile_plot(subject, found), strength_plot(subject, found, curves)),
@@ -61,23 +61,9 @@ def _notes(subject: Subject, examples: Mapping[str, Examples], found: Found) -> 
     return tuple(notes)
 
 
-def _provenance(
-    subject: Subject, examples: Mapping[str, Examples], found: Found, backend: str, seed: int
-) -> Provenance:
-    fingerprint = found.directions.model
-    assert fingerprint is not None
-    prompts = {}
+def _provenance(subject: Subject, examples: Mapping[str, Examples], backend: str, seed: int) -> Provenance:
+    asked = {}
     for split, sides in examples.items():
-        prompts[f"{split} harmful"] = [example.text for example in sides.harmful]
-        prompts[f"{split} harmless"] = [example.text for example in sides.harmless]
-    return Provenance.of(
-        "demo",
-        source=subject.source,
-        fingerprint=fingerprint,
-        dtype=subject.dtype,
-        device=str(subject.model.device),
-        backend=backend,
-        seed=seed,
-        scorer=refusal.get(subject.scorer).label,
-        prompts=prompts,
-    )
+        asked[f"{split} harmful"] = prompts(sides.harmful)
+        asked[f"{split} harmless"] = prompts(sides.harmless)
+    return subject.provenance("demo", asked, backend=backend, seed=seed)

@@ -13,9 +13,9 @@ from ..plan import Plan
 from ..plots import Line, Panel, Plot
 from ..report import Column, Row, Table
 from ..runtime.receipt import PlanReceipt
-from .examples import Example, Examples
+from ..subject import Answers, Subject
+from .examples import Example, Examples, prompts
 from .layers import Found
-from .subject import Answers, Subject
 
 
 class Trial(NamedTuple):
@@ -61,8 +61,8 @@ def trials(found: Found, seed: int) -> tuple[Trial, ...]:
 def edit(subject: Subject, found: Found, heldout: Examples, seed: int) -> Effects:
     """Ask the held-out prompts without steering, then under every trial in the same batches."""
     tried = trials(found, seed)
-    stock = subject.ask("held-out prompts", [(None, heldout.harmful), (None, heldout.harmless)])
-    edited = subject.ask("held-out prompts, edited", [(t.plan, getattr(heldout, t.side)) for t in tried])
+    stock = subject.ask("held-out prompts", [(None, prompts(heldout.harmful)), (None, prompts(heldout.harmless))])
+    edited = subject.ask("held-out prompts, edited", [(t.plan, prompts(getattr(heldout, t.side))) for t in tried])
     return Effects(heldout, tried, stock, edited)
 
 
@@ -131,8 +131,8 @@ def sweep(subject: Subject, found: Found, heldout: Examples, points: int) -> dic
         ("ablate", lambda s, name: Plan(ablate(at.unit, s), name=name), heldout.harmful),
     ]
     curves = {}
-    for kind, build, prompts in kinds:
-        questions = [(build(s, f"{kind} {i}") if s else None, prompts) for i, s in enumerate(strengths)]
+    for kind, build, side in kinds:
+        questions = [(build(s, f"{kind} {i}") if s else None, prompts(side)) for i, s in enumerate(strengths)]
         rates = [subject.refused(texts) for texts in subject.ask(f"strengths: {kind}", questions).groups]
         curves[kind] = {"strength": strengths, "refused": rates}
     return curves

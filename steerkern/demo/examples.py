@@ -31,6 +31,11 @@ class Examples:
     harmless: tuple[Example, ...]
 
 
+def prompts(examples: Sequence[Example]) -> list[Prompt]:
+    """What is asked, without the replies."""
+    return [example.prompt for example in examples]
+
+
 @dataclass(frozen=True)
 class Size:
     """How much the demo runs: prompts per split and side, points of a curve, timed rounds and their tokens."""

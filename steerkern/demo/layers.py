@@ -12,8 +12,8 @@ from ..extraction import Position, means, states
 from ..plan import Plan
 from ..plots import Line, Panel, Plot
 from ..report import Column, Table
-from .examples import Examples
-from .subject import Question, Subject
+from ..subject import Question, Subject
+from .examples import Examples, prompts
 
 DEPTH = 0.8
 """Directions of the last fifth of the layers are not tried: an edit there acts on the next word, not the decision."""
@@ -44,8 +44,8 @@ def find(subject: Subject, train: Examples, check: Examples) -> Found:
         contrast = means(
             subject.model,
             subject.tokenizer,
-            [example.prompt for example in train.harmful],
-            [example.prompt for example in train.harmless],
+            prompts(train.harmful),
+            prompts(train.harmless),
             positions=(where,),
             batch_size=subject.batch_size,
             template=subject.template,
@@ -54,7 +54,7 @@ def find(subject: Subject, train: Examples, check: Examples) -> Found:
         directions = contrast.directions("resid_pre", "refusal")
         size = subject.batch_size
         sides = [
-            states(subject.model, subject.render(side), (where,), batch_size=size, progress=False)[:, :, 0]
+            states(subject.model, subject.render(prompts(side)), (where,), batch_size=size, progress=False)[:, :, 0]
             for side in (check.harmful, check.harmless)
         ]
         step(1)
@@ -82,8 +82,8 @@ def _try_layers(subject: Subject, directions: Directions, check: Examples) -> tu
         some = layers[start : start + AT_ONCE]
         questions: list[Question] = []
         for layer in some:
-            questions.append((Plan(ablate(directions[layer].unit), name=f"ablate {layer}"), check.harmful))
-            questions.append((Plan(add(directions[layer]), layers=layer, name=f"add {layer}"), check.harmless))
+            questions.append((Plan(ablate(directions[layer].unit), name=f"ablate {layer}"), prompts(check.harmful)))
+            questions.append((Plan(add(directions[layer]), layers=layer, name=f"add {layer}"), prompts(check.harmless)))
         rates = list(map(subject.refused, subject.ask("trying every layer", questions).groups))
         ablated.update(zip(some, rates[0::2], strict=True))
         added.update(zip(some, rates[1::2], strict=True))

@@ -12,10 +12,10 @@ from ..plan import Plan
 from ..replies import encode
 from ..report import Column, Row, Table
 from ..runtime.session import steer
+from ..subject import Subject
 from ..timing import Quartiles, Timings, decode_contenders, interleave
-from .examples import Examples, Size
+from .examples import Examples, Size, prompts
 from .layers import Found
-from .subject import Subject
 
 WARMUP = 2
 
@@ -47,7 +47,7 @@ def measure_speed(subject: Subject, found: Found, heldout: Examples, size: Size,
     """Check that the four ways of decoding do the same work, then time them in turn."""
     unit = found.directions[found.layer].unit
     plan = Plan(ablate(unit), name="ablate")
-    inputs = encode(subject.model, subject.render(heldout.harmful[:1]))
+    inputs = encode(subject.model, subject.render(prompts(heldout.harmful[:1])))
     contenders = decode_contenders(subject.model, inputs, size.tokens, plan, unit)
     usual = torch.get_num_threads()
     torch.set_num_threads(threads)

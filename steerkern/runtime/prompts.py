@@ -92,7 +92,7 @@ class Prompts:
         position = np.where(generated, index - self.length + stop, index) - start
         inside = selected & (position >= tokens.start)
         if tokens.stop is not None:
-            inside &= position < tokens.stop
+            inside &= position < (tokens.stop if tokens.stop >= 0 else stop - start + tokens.stop)
         origin = {"decode": stop - start, "reply": stop - start - 1}.get(tokens.phase, np.zeros_like(start))
         count = position - origin
         if tokens.markers:
