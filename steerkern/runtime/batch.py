@@ -15,7 +15,7 @@ from ..decisions import Gains, Latch
 from ..errors import PlanError
 from ..program import Program
 from ..steps import Step, Tokens
-from .events import NO_TOKEN, Events
+from .events import PADDING, Events
 from .prompts import Bools, Ints, Prompts
 
 _NUMBERS = itertools.count()
@@ -117,7 +117,7 @@ class Batch:
         prompts = self.prompts.repeated(len(ids) // len(self.prompts))
         index = np.arange(past, past + ids.shape[1])
         real = (index >= prompts.length) | ((prompts.start[:, None] <= index) & (index < prompts.stop[:, None]))
-        self.events.see(past, np.where(real, ids, NO_TOKEN))
+        self.events.see(past, np.where(real, ids, PADDING))
 
     def slots(self, rows: int, past: int, tokens: int) -> tuple[Slots, list[Hit]]:
         """``[rows, tokens]``: the slot of each token of a forward after ``past`` cached ones, and what plans write.

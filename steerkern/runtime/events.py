@@ -10,8 +10,8 @@ from ..steps import Marker, Tokens
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-NO_TOKEN = -1
-"""Stands where a token is padding or unknown; no marker holds it."""
+PADDING, NO_TOKEN = -1, -2
+"""Stand where there is no token, and where it is not known; no marker holds them, but one may reach across padding."""
 
 
 class Events:
@@ -23,6 +23,7 @@ class Events:
     def __init__(self, markers: tuple[Marker, ...] = ()) -> None:
         self.markers = tuple(dict.fromkeys(markers))
         self._ids = np.zeros((0, 0), np.int64)
+        self._previous = np.zeros((0, 0), np.int64)  # of each index, the one before it that holds no padding
         self._ended = {marker: np.zeros((0, 0), np.int64) for marker in self.markers}
 
     def watching(self, markers: tuple[Marker, ...]) -> Events:
@@ -39,6 +40,7 @@ class Events:
         if self._ids.shape[0] != rows or self._ids.shape[1] < end:
             self._grow(rows, max(end, 2 * self._ids.shape[1]), past)
         self._ids[:, past:end] = ids
+        self._chain(past, end)
         for marker in self.markers:
             here = np.where(self._ends(marker, past, end), np.arange(past, end), -1)
             before = self._ended[marker][:, past - 1 : past] if past else np.full((rows, 1), -1)
@@ -69,17 +71,29 @@ class Events:
         """``[B, end - first]``: whether one of the marker's sequences ends at each index."""
         hits = np.zeros((len(self._ids), end - first), bool)
         for sequence in marker:
-            size = len(sequence)
             whole = np.ones_like(hits)
-            for i, token in enumerate(sequence):
-                at = np.arange(first, end) - size + 1 + i
-                whole &= np.where(at >= 0, self._ids[:, np.maximum(at, 0)] == token, False)
+            at = np.broadcast_to(np.arange(first, end), hits.shape)
+            for token in reversed(sequence):
+                known = np.maximum(at, 0)
+                whole &= (at >= 0) & (np.take_along_axis(self._ids, known, 1) == token)
+                at = np.take_along_axis(self._previous, known, 1)
             hits |= whole
         return hits
+
+    def _chain(self, past: int, end: int) -> None:
+        """Links the indices ``past .. end - 1`` to those before them: between prompt and reply there may be padding."""
+        here = np.where(self._ids[:, past:end] == PADDING, -1, np.arange(past, end))
+        before = np.full((len(here), 1), -1)
+        if past:
+            last = self._previous[:, past - 1 : past]
+            before = np.where(self._ids[:, past - 1 : past] == PADDING, last, past - 1)
+        self._previous[:, past:end] = np.maximum.accumulate(np.concatenate([before, here[:, :-1]], 1), 1)
 
     def _grow(self, rows: int, columns: int, past: int) -> None:
         kept = self._ids[:, :past] if len(self._ids) == rows else self._ids[:0]
         self._ids = _larger(kept, rows, columns, NO_TOKEN)
+        kept = self._previous[:, :past] if len(self._previous) == rows else self._previous[:0]
+        self._previous = _larger(kept, rows, columns, -1)
         for marker, ended in self._ended.items():
             kept = ended[:, :past] if len(ended) == rows else ended[:0]
             self._ended[marker] = _larger(kept, rows, columns, -1)

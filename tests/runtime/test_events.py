@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -63,6 +63,9 @@ SCOPES = st.builds(
     ),
     left=st.booleans(),
     cuts=st.lists(st.integers(1, 11), max_size=3),
+)
+@example(  # the marker's tokens lie on both sides of the padding between prompt and reply
+    scope=Tokens(after=((1, 2),)), rows=[(2, [0, 1, 2, *[0] * 9]), (3, [0] * 12)], left=False, cuts=[]
 )
 def test_a_scope_means_the_tokens_that_its_description_says(
     scope: Tokens, rows: list[tuple[int, list[int]]], left: bool, cuts: list[int]
