@@ -347,8 +347,8 @@ def test_no_kernel_spills(kernels: list[Kernel]) -> None:
 def test_one_barrier_per_sum(kernels: list[Kernel]) -> None:
     """Projection, norm before rescaling, sum of squares; LayerNorm has a mean besides.
 
-    From sm_90 on each sum stands there twice, for a row of one block and of a cluster, whose barriers are a BAR.SYNC and
-    a UCGABAR each; clusters also wait for each other once at the start.
+    From sm_90 on each sum stands there twice, for a row of one block and of a cluster, whose barriers are a BAR.SYNC
+    and a UCGABAR each; clusters also wait for each other once at the start.
     """
     for kernel in kernels:
         sums = 4 if "LayerNorm" in kernel.title else 3
