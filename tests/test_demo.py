@@ -83,10 +83,10 @@ def test_files_and_provenance(quick):
         "layer-profile.png",
         "refusal-strength.png",
         "report.json",
+        "report.md",
     ]
-    assert [str(folder / name) for name in ("report.json", "layer-profile.png", "refusal-strength.png")] == document[
-        "files"
-    ]
+    names = ("report.json", "report.md", "layer-profile.png", "refusal-strength.png")
+    assert [str(folder / name) for name in names] == document["files"]
     assert all((folder / f"{name}.png").read_bytes().startswith(PNG) for name in document["plots"])
     saved = json.loads((folder / "report.json").read_text())
     assert saved == {key: value for key, value in document.items() if key != "files"}
@@ -100,7 +100,7 @@ def test_the_bare_organism_has_no_direction_and_the_demo_says_so(tmp_path):
     result = CliRunner().invoke(app, ["demo", *options])
     assert result.exit_code == 0, result.stderr
     assert "No layer's direction carries refusal here" in " ".join(result.stdout.split())
-    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+    assert {file.name for file in tmp_path.iterdir()} == {"report.json", "report.md"}
 
 
 def test_any_checkpoint_with_prompt_files(tmp_path):

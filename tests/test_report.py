@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -60,10 +61,34 @@ def test_json_is_whole_and_strict(report):
 
 def test_save_writes_json_and_plots(report, tmp_path):
     files = report.save(tmp_path / "new" / "folder")
-    assert [file.name for file in files] == ["report.json", "pic.png"]
+    assert [file.name for file in files] == ["report.json", "report.md", "pic.png"]
     assert json.loads(files[0].read_text()) == report.to_json()
-    assert files[1].read_bytes().startswith(PNG)
-    assert [file.name for file in report.save(tmp_path / "bare", plots=False)] == ["report.json"]
+    assert files[2].read_bytes().startswith(PNG)
+    assert [file.name for file in report.save(tmp_path / "bare", plots=False)] == ["report.json", "report.md"]
+
+
+def test_the_page_shows_every_table_and_picture_and_how_it_was_made(report, tmp_path):
+    page = report.save(tmp_path)[1].read_text()
+    assert page.startswith(f"# {report.title}\n")
+    assert "![pic.png](pic.png)" in page
+    for table in report.tables:
+        assert f"### {table.title}" in page
+        assert table.note in page
+    for part in ("- seed: 3", "- scorer: prefix/1", "- all: 2 prompts, sha256 ", "- command: `test`"):
+        assert part in page
+    table = Table("t", "a|b", (Column("x", "x|y"), Column("y", "n", ".1f")), ({"x": "p|q\nr", "y": 0.25},))
+    assert table.to_markdown().splitlines()[2:] == [r"| x\|y | n |", "| --- | --- |", r"| p\|q r | 0.2 |"]
+
+
+def test_artefacts_are_saved_beside_the_report(report, tmp_path):
+    class Made:
+        def save_pretrained(self, folder):
+            folder.mkdir()
+            (folder / "made.txt").write_text("yes")
+
+    files = dataclasses.replace(report, artefacts={"thing": Made()}).save(tmp_path, plots=False)
+    assert files[-1] == tmp_path / "thing"
+    assert (files[-1] / "made.txt").read_text() == "yes"
 
 
 def test_print_shows_text_as_it_is(report):
