@@ -258,7 +258,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "positions in decode": (lambda: Tokens("decode", (1,)), ValueError, "phase 'decode' has none"),
     "positions 3": (lambda: Tokens("prompt", 3), ValueError, "positions must be whole numbers"),
     "start -1": (lambda: Tokens(start=-1), ValueError, "start must be a whole number from 0, got -1"),
-    "stop 3 of 3": (lambda: Tokens(start=3, stop=3), ValueError, "stop must be a whole number above start 3, or below 0, got 3"),
+    "stop 3 of 3": (lambda: Tokens(start=3, stop=3), ValueError, "whole number above start 3, or below 0, got 3"),
     "scale 0": (lambda: Plan(E, scale=0), ValueError, "scale must be finite and not 0 in float32, got 0.0"),
     "scale NaN": (lambda: Plan(E, scale=math.nan), ValueError, "scale must be finite"),
     "scale 'x'": (lambda: Plan(E, scale="2"), TypeError, "scale must be a number, got '2'"),

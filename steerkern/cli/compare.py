@@ -21,7 +21,7 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> Outcome:
-    """Set reports side by side: their headline numbers, the tables that they share, and what differs in how they ran."""
+    """Set reports side by side: headline numbers, the tables that they share, and what differs in how they ran."""
     from .. import report
     from ..comparison import read, side_by_side
 

@@ -48,8 +48,9 @@ class Sweep:
         return min(curve, key=lambda layer: (curve[layer], layer))
 
     def moved(self, name: str, layer: int) -> float:
-        """By how much adding moves the *No*-rate on harmless requests at ``layer``, 0 to 1."""
-        return abs(self.judged_harmless[name][layer] - self.stock["judged_harmless"])
+        """By how much adding moves the *No*-rate on harmless requests at ``layer``, 0 to 1; 0 for a zero direction."""
+        stock = self.stock["judged_harmless"]
+        return abs(self.judged_harmless[name].get(layer, stock) - stock)
 
 
 HARM, REFUSAL, REFUSAL_HERE = "v_harm", "v_ref", "v_ref on the same tokens"
