@@ -126,7 +126,7 @@ class Deciding:
     def drop(self, batch: Batch) -> None:
         """Forget a batch that ended."""
         self._readings.pop(batch.number, None)
-        if any(step.controller is not None for step in batch.steps()):
+        if batch.gains is not None:
             self.program.release(batch.owners)
 
     # what is watched

@@ -43,7 +43,6 @@ class DecoderCalls:
         self._by_cache: weakref.WeakKeyDictionary[Any, Batch] = weakref.WeakKeyDictionary()
         self._loose: Batch | None = None  # of forwards without a cache
         self._ended: list[Batch] = []
-        self._expected: list[Part] | None = None
         self._parts: list[Part] = []
         self._setter = compiled.register(self)
 
@@ -79,8 +78,8 @@ class DecoderCalls:
                 batch.assign(plans)
 
     def expect(self, parts: Sequence[Part]) -> None:
-        """Say what the next forward holds; its rows are those of the parts, one after the other."""
-        self._expected = list(parts)
+        """Say what the next forward of this thread holds; its rows are those of the parts, one after the other."""
+        self._thread.expected = list(parts)
 
     def remember(self, ids: Tensor) -> None:
         """Keep the tokens ``[B, S]`` of the whole sequences, as ``generate`` has them before a forward."""
@@ -131,6 +130,8 @@ class DecoderCalls:
             self.rows.kept = kept if type(kept) is int else 0
             parts = self._take_expected(batch * tokens)
             if parts is None:
+                if "cu_seq_lens_q" in named:
+                    raise PlanError("this manager of continuous batching was made before the session: make it again")
                 parts = [self._part(batch, tokens, self._past(cache), mask, cache, named.get("input_ids"))]
             self._advance(parts, named)
         except BaseException:
@@ -180,7 +181,8 @@ class DecoderCalls:
         self.rows.advance(parts)
 
     def _take_expected(self, count: int) -> list[Part] | None:
-        parts, self._expected = self._expected, None
+        parts: list[Part] | None = getattr(self._thread, "expected", None)
+        self._thread.expected = None
         if parts is None:
             return None
         told = sum(part.rows * part.tokens for part in parts)

@@ -14,6 +14,7 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, Site, needs
+from .continuous_batching import ManagerCalls
 from .deciding import Deciding
 from .patch import attach, detach, occupied, suspended
 from .points import DoorPoint, NormPoint, Point
@@ -62,11 +63,14 @@ class Session:
             self._deciding.check(plan.steps)
         self._calls = DecoderCalls(anatomy.decoder, self._rows, self._deciding, self._edits_input())
         parts.append((anatomy.decoder, "call", self._calls))
+        self._managers = ManagerCalls(self._calls)
         # a wrapper may only pass the attribute on
         generating = next((m for m in anatomy.model.modules() if hasattr(type(m), "generate")), None)
         if generating is not None:
             parts.append((generating, "generate", GenerateCalls(self._calls)))
             parts.append((generating, "prepare_inputs_for_generation", PrepareCalls(self._calls)))
+            if hasattr(generating, "init_continuous_batching"):
+                parts.append((generating, "init_continuous_batching", self._managers))
         self._watch_probes()
         self._attached: list[Part] = []
         self._attach(parts)
@@ -107,6 +111,7 @@ class Session:
         """Restore the model; calling it again does nothing."""
         while self._attached:
             detach(*self._attached.pop())
+        self._managers.close()
 
     def __enter__(self) -> Session:
         return self
