@@ -48,14 +48,17 @@ class DecoderCalls:
 
     # requests
 
-    def open(self, prompts: Prompts) -> Batch:
-        """Start a request of this thread whose prompts are known.
+    def open(self, prompts: Prompts, plans: list[tuple[str, ...]] | None = None) -> Batch:
+        """Start a request of this thread whose prompts are known, with plans of its own or those of its rows.
 
         Raises:
-            PlanError: rows were assigned for another number of prompts.
+            PlanError: plans, or assigned rows, for another number of prompts; a plan that is not there.
         """
-        batch = self._begin(prompts)
-        self._thread.batch = self.running[batch.number] = batch
+        with self.rows.lock:
+            for name in {name for names in plans or () for name in names}:
+                self.rows.program.get(name)
+            batch = self._begin(prompts, plans)
+            self._thread.batch = self.running[batch.number] = batch
         return batch
 
     def close(self) -> None:
@@ -91,9 +94,12 @@ class DecoderCalls:
         batch = getattr(self._thread, "batch", None) or self._loose
         return None if batch is None else batch.prompts
 
-    def _begin(self, prompts: Prompts) -> Batch:
+    def _begin(self, prompts: Prompts, plans: list[tuple[str, ...]] | None = None) -> Batch:
         with self.rows.lock:
-            batch = Batch(self.rows.program, prompts, self.rows.assigned)
+            if plans is None:
+                batch = Batch(self.rows.program, prompts, self.rows.assigned)
+            else:
+                batch = Batch(self.rows.program, prompts, plans, f"a request of {len(plans)} rows")
             self.rows.begin()
         return batch
 
@@ -110,7 +116,7 @@ class DecoderCalls:
             if "inputs_embeds" not in kwargs:
                 raise PlanError("inputs_embeds must be passed by name while layer 0 is steered")
             kwargs["inputs_embeds"] = embeds.clone()
-        batch, tokens = state.shape[:2]
+        batch, tokens = state.size(0), state.size(1)
         kept = named.get("logits_to_keep")
         mask = named.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:

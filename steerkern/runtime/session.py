@@ -189,18 +189,29 @@ class Session:
             self._program.set_scale(name, scale)
 
     @contextlib.contextmanager
-    def request(self, length: int, attention_mask: Tensor | None = None, batch: int = 1) -> Iterator[None]:
+    def request(
+        self,
+        length: int,
+        attention_mask: Tensor | None = None,
+        batch: int = 1,
+        rows: RowPlans | None = None,
+    ) -> Iterator[None]:
         """Say where the prompts of a hand-written decode loop lie; ``generate`` does this by itself.
 
-        Needed where forwards cannot tell prompt from generated tokens: loops without a cache, or in chunks.
+        Needed where forwards cannot tell prompt from generated tokens: loops without a cache, or in chunks. Requests of
+        several threads run side by side, one forward at a time.
 
         Args:
             length: columns of the prompt, padding included.
             attention_mask: ``[B, >= length]``, 0 at padding; without it ``batch`` rows have no padding.
             batch: number of sequences where there is no mask.
+            rows: plans of each sequence, for this request only; without them those of :meth:`rows` hold.
+
+        Raises:
+            PlanError: ``rows`` of another length, or a plan that this session does not hold.
         """
-        rows = batch if attention_mask is None else attention_mask.shape[0]
-        self._calls.open(Prompts.of(rows, length, attention_mask))
+        prompts = Prompts.of(batch if attention_mask is None else attention_mask.shape[0], length, attention_mask)
+        self._calls.open(prompts, None if rows is None else [tuple(_names(row)) for row in rows])
         try:
             yield
         finally:
