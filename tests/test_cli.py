@@ -15,7 +15,7 @@ from steerkern.cli import app
 from steerkern.cli.doctor import EXTRAS
 
 COMMANDS = ("demo", "extract", "generate", "chat", "train-controller", "compare", "inspect", "doctor")
-GROUPS = ("run",)
+OTHERS = ("serve", "run")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +79,7 @@ def test_an_unknown_command_lists_the_commands():
     result = run("steer", "model")
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr == f"no command 'steer'; there are {', '.join((*COMMANDS, *GROUPS))}\n"
+    assert result.stderr == f"no command 'steer'; there are {', '.join((*COMMANDS, *OTHERS))}\n"
 
 
 def test_a_bug_is_not_hidden(monkeypatch):

@@ -20,6 +20,7 @@ from .generate import generate
 from .inspect import inspect
 from .outcome import command
 from .run import systems
+from .serve import serve
 from .train_controller import train_controller
 
 __all__ = ["app", "main"]
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 for run in (demo, extract, generate, chat, train_controller, compare, inspect, doctor):
     app.command()(command(run))
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(command(serve))
 app.add_typer(systems, name="run")
 
 
