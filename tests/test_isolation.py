@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from benchmarks import isolation
+from benchmarks import isolation, isolation_ops
+from benchmarks.isolation_ops import Count
 
 
 @pytest.fixture(autouse=True)
@@ -16,14 +19,29 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_no_coordinate_leaks():
-    found = isolation.measure(40_000)
+LEVELS = {"session": isolation.measure, "op": isolation_ops.measure}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_coordinate_leaks(level):
+    looked_at: list[int] = []
+    found = LEVELS[level](40_000, looked_at.append)
     assert found.errors == []
     assert found.leaked == 0
-    assert found.rows >= 40_000
+    assert found.rows == sum(looked_at) >= 40_000
     assert found.steered > 10_000
     assert min(found.failed, found.given_up, found.swaps) > 0
 
 
-def test_a_wrong_row_map_is_found_out():
-    assert isolation.measure(4_000, wrong=True).leaked > 0
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_wrong_on_purpose_is_found_out(level):
+    """A row map moved by one row; a slot kept after it was given to another."""
+    assert LEVELS[level](4_000, lambda count: None, wrong=True).leaked > 0
+
+
+def test_a_leak_or_an_unnoticed_control_fails_the_run():
+    fine = {"op": Count(rows=9), "op, wrong on purpose": Count(rows=9, leaked=3)}
+    assert isolation.passed(fine)
+    for name, count in fine.items():
+        assert not isolation.passed({**fine, name: dataclasses.replace(count, leaked=3 - count.leaked)})
+        assert not isolation.passed({**fine, name: dataclasses.replace(count, errors=["broken"])})
