@@ -306,7 +306,8 @@ _LATE = (
 def _first(step: Step, prompt: int) -> int:
     """The first position that a step may write in a prompt of that many tokens; an event may come at any of them."""
     first = {"decode": prompt, "reply": prompt - 1}.get(step.tokens.phase, 0)
-    return max(first, step.tokens.start)
+    start = step.tokens.start
+    return max(first, start if start >= 0 else prompt + start)
 
 
 def _renumbered(tokens: list[int], version: str) -> list[int]:

@@ -124,7 +124,9 @@ class Session:
             self._complain()
 
     def _complain(self) -> None:
-        idle = [name for name, plan in self.receipt().plans.items() if plan.tokens == 0]
+        # a latch that stayed shut is a decision, not a mistake
+        latched = {plan.name for plan in self._program.plans if all(step.latch is not None for step in plan.steps)}
+        idle = [name for name, plan in self.receipt().plans.items() if plan.tokens == 0 and name not in latched]
         if not idle:
             return
         text = f"plan {idle[0]!r} wrote no token: no forward of this session reached its scope"
