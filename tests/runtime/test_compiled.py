@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, StaticCache
+from transformers import LlamaForCausalLM
 
 import steerkern as sk
+from benchmarks.gpu import decode, ops
+from benchmarks.gpu.device import Device, Gpu
 from tests.runtime.models import tiny_llama
 from tests.runtime.test_deciding import Stub
 from tests.runtime.test_generate import GREEDY, STRENGTH, padded
@@ -151,3 +153,25 @@ def test_a_controller_of_every_token_raises_in_a_compiled_step(small: LlamaForCa
         pytest.raises(sk.PlanError, match="asked at every token in eager forwards only"),
     ):
         small.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY)
+
+
+# captured steps: the same code runs on the CPU, where a captured step is the step itself
+
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(params=[Device, pytest.param(Gpu, marks=ON_A_GPU)], ids=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> Device:
+    made: Device = request.param()
+    return made
+
+
+def test_a_captured_launch_follows_plans_strengths_and_rows(device: Device) -> None:
+    assert all(all(found.values()) for found in ops.replayed(device).values())
+
+
+def test_a_captured_step_on_a_static_cache_follows_the_strength(device: Device) -> None:
+    with torch.no_grad():
+        found = decode.replayed(device, decode.model_of("tiny", device))
+    assert found
+    assert max(distance for at in found.values() for distance in at.values()) < 0.1
