@@ -243,10 +243,9 @@ class Session:
         """Let the points that a probe reaches keep what it reads."""
         probing: dict[int, list[str]] = {}
         for plan in self._program.plans:
-            for step in plan.steps:
-                if any(edit.kind == "probe" for edit in step.edits):
-                    for number in self._program.reach(step):
-                        probing.setdefault(number, []).append(plan.name)
+            for step in plan.probing:
+                for number in self._program.reach(step):
+                    probing.setdefault(number, []).append(plan.name)
         for point in self._points:
             assert point.number is not None
             names = probing.get(point.number)
@@ -265,8 +264,7 @@ class Session:
         Raises:
             PlanError: no such plan, or it has no probe.
         """
-        plan = self._program.get(name).plan
-        if not any(edit.kind == "probe" for step in plan.steps for edit in step.edits):
+        if not self._program.get(name).plan.probing:
             raise PlanError(f"plan {name!r} has no probe to read")
         found = {}
         for point in self._points:
