@@ -159,6 +159,7 @@ class Session:
             _check_plan(plan)
             self._program.check(plan)
             self._deciding.check(plan.steps)
+            self._managers.check(plan)
             self._hold(plan)
             self._rows.forget()
             self._calls.edits_input = self._edits_input()
@@ -173,6 +174,7 @@ class Session:
         with self._rows.lock:
             if any(name in names for names in self._rows.assigned or ()):
                 raise PlanError(f"plan {name!r} is assigned to rows; call rows() first")
+            self._managers.drop_ended()
             for batch in self._calls.running.values():
                 if batch.label and name in batch.names:
                     raise PlanError(f"plan {name!r} steers {batch.label}, which is still running")
