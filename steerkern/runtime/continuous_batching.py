@@ -66,6 +66,13 @@ class ManagerCalls:
         if manager is not None and manager not in self._managers:
             self._managers[manager] = Manager(manager, self.calls)
 
+    def refusal(self) -> PlanError | None:
+        """Why a batch of requests was refused since this was last asked: transformers logs that and goes on."""
+        found = [manager.refused for manager in self._managers.values() if manager.refused is not None]
+        for manager in self._managers.values():
+            manager.refused = None
+        return found[0] if found else None
+
     def check(self, plan: Plan) -> None:
         """Raise PlanError if a request that has every plan cannot be steered by this one too."""
         for request in [r for manager in self._managers.values() for r in manager.requests.values()]:
@@ -83,6 +90,23 @@ class ManagerCalls:
             manager.close()
 
 
+class GenerateBatchCalls:
+    """Raises what ``generate_batch`` only logs: requests that were refused."""
+
+    def __init__(self, managers: ManagerCalls) -> None:
+        self.managers = managers
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forget what an earlier batch was refused for."""
+        self.managers.refusal()
+
+    def after(self, output: Any) -> None:
+        """Raise the PlanError of a request, of which none has run then."""
+        refused = self.managers.refusal()
+        if refused is not None:
+            raise refused
+
+
 class Manager:
     """One manager whose requests are steered."""
 
@@ -95,6 +119,7 @@ class Manager:
         self.salted = True
         """Whether blocks are kept apart by steering; only a test of what goes wrong otherwise turns it off."""
         self._numbers = itertools.count()
+        self.refused: PlanError | None = None
         self._matching: str | None = None
         self._processor: Any = None
         self._wrapped: list[tuple[Any, str, Any]] = []
@@ -168,13 +193,20 @@ class Manager:
         return added
 
     def _add_requests(self, stock: Callable[..., Any], inputs: list[list[int]], *args: Any, **options: Any) -> Any:
-        assigned = self.calls.rows.assigned
-        if assigned is not None and len(assigned) != len(inputs):
-            raise PlanError(f"rows name {len(assigned)} sequences, the batch has {len(inputs)} prompts")
         tagged = [_Tagged(ids) for ids in inputs]
-        for i, prompt in enumerate(tagged):
-            prompt.names = None if assigned is None else assigned[i]
-        return stock(tagged, *args, **options)
+        try:
+            with self.calls.rows.lock:
+                program, assigned = self.calls.rows.program, self.calls.rows.assigned
+                if assigned is not None and len(assigned) != len(inputs):
+                    raise PlanError(f"rows name {len(assigned)} sequences, the batch has {len(inputs)} prompts")
+                for i, prompt in enumerate(tagged):
+                    prompt.names = None if assigned is None else assigned[i]
+                    plans = None if assigned is None else [assigned[i]]
+                    check_request(program, Batch(program, Prompts.of(1, len(prompt), None), plans, f"input {i}"))
+            return stock(tagged, *args, **options)
+        except PlanError as error:
+            self.refused = error
+            raise
 
     def _stop(self, stock: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:

@@ -14,7 +14,7 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, Site, needs
-from .continuous_batching import ManagerCalls
+from .continuous_batching import GenerateBatchCalls, ManagerCalls
 from .deciding import Deciding
 from .patch import attach, detach, occupied, suspended
 from .points import DoorPoint, NormPoint, Point
@@ -71,6 +71,8 @@ class Session:
             parts.append((generating, "prepare_inputs_for_generation", PrepareCalls(self._calls)))
             if hasattr(generating, "init_continuous_batching"):
                 parts.append((generating, "init_continuous_batching", self._managers))
+            if hasattr(generating, "generate_batch"):
+                parts.append((generating, "generate_batch", GenerateBatchCalls(self._managers)))
         self._watch_probes()
         self._attached: list[Part] = []
         self._attach(parts)
