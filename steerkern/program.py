@@ -220,6 +220,7 @@ class Program:
                 finite(step.scale * number, f"scale of plan {name!r}")
         except ValueError as error:
             raise PlanError(str(error)) from None
+        held.changes += number != held.scale
         held.scale = number
         for key, block in self._blocks.items():
             if any(plan == name for plan, _ in key):
@@ -233,6 +234,10 @@ class Program:
             known = ", ".join(map(repr, self._held)) or "none"
             raise PlanError(f"no plan {name!r} in this session; known are {known}")
         return self._held[name]
+
+    def check_meeting(self, steps: Iterable[StepKey]) -> None:
+        """Raise PlanError if these steps cannot act on the same row."""
+        self._pack(frozenset(steps))
 
     # slots
 

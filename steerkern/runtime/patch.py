@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 
-METHODS = ("generate", "prepare_inputs_for_generation", "init_continuous_batching")
+METHODS = ("generate", "prepare_inputs_for_generation", "init_continuous_batching", "generate_batch")
 """Methods of a module that a handler can stand around."""
 
 

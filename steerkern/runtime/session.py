@@ -14,7 +14,7 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, Site, needs
-from .continuous_batching import ManagerCalls
+from .continuous_batching import GenerateBatchCalls, ManagerCalls
 from .deciding import Deciding
 from .patch import attach, detach, occupied, suspended
 from .points import DoorPoint, NormPoint, Point
@@ -71,6 +71,8 @@ class Session:
             parts.append((generating, "prepare_inputs_for_generation", PrepareCalls(self._calls)))
             if hasattr(generating, "init_continuous_batching"):
                 parts.append((generating, "init_continuous_batching", self._managers))
+            if hasattr(generating, "generate_batch"):
+                parts.append((generating, "generate_batch", GenerateBatchCalls(self._managers)))
         self._watch_probes()
         self._attached: list[Part] = []
         self._attach(parts)
@@ -161,6 +163,7 @@ class Session:
             _check_plan(plan)
             self._program.check(plan)
             self._deciding.check(plan.steps)
+            self._managers.check(plan)
             self._hold(plan)
             self._rows.forget()
             self._calls.edits_input = self._edits_input()
@@ -175,6 +178,7 @@ class Session:
         with self._rows.lock:
             if any(name in names for names in self._rows.assigned or ()):
                 raise PlanError(f"plan {name!r} is assigned to rows; call rows() first")
+            self._managers.drop_ended()
             for batch in self._calls.running.values():
                 if batch.label and name in batch.names:
                     raise PlanError(f"plan {name!r} steers {batch.label}, which is still running")
