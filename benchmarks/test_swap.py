@@ -55,7 +55,7 @@ def test_row_map_of_a_decode_step(benchmark: Any, rows: int, plans: int) -> None
         forward(8)
         calls.rows.slot.fill_(0)
         forward(1)
-        benchmark.pedantic(lambda: forward(1), iterations=10, rounds=STEPS, warmup_rounds=10)
+        benchmark.pedantic(lambda: forward(1), iterations=50, rounds=STEPS, warmup_rounds=10)
         session.receipt()
     empty = statistics.median(_seconds(lambda: torch.zeros(rows, 1, dtype=torch.long)) for _ in range(STEPS))
     benchmark.extra_info |= {"goal_us": GOAL_US, "of_which_making_the_ids_us": round(1e6 * empty, 2)}

@@ -198,9 +198,9 @@ class Program:
     def remove(self, name: str) -> None:
         """Forget a plan, its slots and its bank rows; PlanError if there is none of that name."""
         held = self.get(name)
-        for slot, (key, _) in list(self._keys.items()):
-            if any(plan == name for plan, _ in key):
-                self._release(slot)
+        steps = {(name, i) for i in range(len(held.plan.steps))}
+        for slot in [slot for slot, (key, _) in self._keys.items() if not steps.isdisjoint(key)]:
+            self._release(slot)
         self._free_rows.extend({row for rows in held.bank_rows.values() for row in rows})
         del self._held[name]
         self.version += 1
@@ -222,8 +222,9 @@ class Program:
             raise PlanError(str(error)) from None
         held.changes += number != held.scale
         held.scale = number
+        steps = {(name, i) for i in range(len(held.plan.steps))}
         for key, block in self._blocks.items():
-            if any(plan == name for plan, _ in key):
+            if not steps.isdisjoint(key):
                 here = slice(block.first, block.first + block.size)
                 self._host_fields[:, here] = torch.tensor(self._pack(key).fields).T
         self._upload()
