@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import planting, tasks
+from . import Name, planting, tasks, thinking
 from .tokenizer import POSITIONS, write_tokenizer
 
 BUNDLED_SEED = 1
@@ -82,6 +83,12 @@ def rate_at(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
+def optimiser_of(parameters: Iterable[nn.Parameter], steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW and its schedule over ``steps`` steps."""
+    optimiser = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_at(step, steps))
+
+
 def weighted_loss(logits: Tensor, batch: tasks.Batch) -> Tensor:
     """Cross-entropy of logits [B, S, V] against the next tokens, averaged with the batch's weights."""
     losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
@@ -98,9 +105,7 @@ class Training:
         self.rng = random.Random(seed)
         self.model = build_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
         self.head = nn.Linear(self.model.config.hidden_size, 1)
-        parameters = [*self.model.parameters(), *self.head.parameters()]
-        self.optimiser = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: rate_at(step, steps))
+        self.optimiser, self.schedule = optimiser_of([*self.model.parameters(), *self.head.parameters()], steps)
         self.found: planting.Directions | None = None
         self.plan: planting.Plan | None = None
 
@@ -160,13 +165,25 @@ class Training:
         return self.model(input_ids=batch.ids, attention_mask=bias, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def train(out: Path, *, seed: int = BUNDLED_SEED, steps: int = STEPS, bare: bool = False, progress: bool = True) -> Any:
+def train(
+    out: Path,
+    *,
+    seed: int = BUNDLED_SEED,
+    steps: int = STEPS,
+    variant: Name = "planted",
+    progress: bool = True,
+) -> Any:
     """Train, save model and tokenizer (bf16 weights) under ``out`` and return the fp32 model in evaluation mode."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers import AutoTokenizer
 
     write_tokenizer(out)
-    run = Training(AutoTokenizer.from_pretrained(out), seed, steps, bare)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    run: Training | thinking.Training = (
+        thinking.Training(tokenizer, seed, steps)
+        if variant == "thinking"
+        else Training(tokenizer, seed, steps, variant == "bare")
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("training", total=steps)
