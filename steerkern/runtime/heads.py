@@ -1,8 +1,8 @@
 """The head site: the input of the projection that ends an attention branch (``o_proj``), one slice per query head.
 
-The projection is found by watching one forward, never by name. Every block gets two equal rows, the second with another
-first token; the first matrix of the block that is *given* something different at the last token is the one behind
-attention, because everything before attention treats each token on its own.
+The projection is found by watching one forward, never by name. Every block gets two equal rows but for their first
+token; the first matrix of the block that is *given* something different at the last token is the one behind attention,
+because everything before attention treats each token on its own.
 """
 
 from __future__ import annotations
@@ -37,26 +37,23 @@ class HeadSite:
 def find(model: nn.Module) -> dict[int, HeadSite]:
     """The head sites of ``model`` by layer; layers without attention have none.
 
-    Runs one forward of three tokens; no handler of steerkern runs, and modes and hooks stay as they were.
+    Runs one forward of six tokens; no handler of steerkern runs, and modes and hooks stay as they were.
 
     Raises:
         TypeError, PlanError: no decoder, or no layer with such a projection.
     """
     decoder, blocks = find_decoder(model)
     config = text_config(model)
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):
-        raise PlanError(f"{type(model).__name__} has no one number of attention heads, its head site is not known")
-    widths = _head_widths(config, heads)
+    configs = getattr(config, "per_layer_config", None) or [config] * len(blocks)
     found = {}
     for layer, module, width in _behind_attention(decoder, blocks):
-        if width in widths:
+        heads = getattr(configs[layer], "num_attention_heads", None)
+        if isinstance(heads, int) and width in _widths(configs[layer], heads):
             found[layer] = HeadSite(layer, module, heads, width // heads)
     if not found:
-        listed = " or ".join(map(str, sorted(widths)))
         raise PlanError(
-            f"{type(model).__name__} has no head site: no matrix of a block takes {heads} attention heads side by side "
-            f"(a width of {listed})"
+            f"{type(model).__name__} has no head site: in no block the first matrix behind attention takes as much as "
+            "num_attention_heads heads side by side"
         )
     return found
 
@@ -201,7 +198,7 @@ def _span(layers: list[int]) -> str:
     return f"{layers[0]}..{layers[-1]}" if whole else ", ".join(map(str, layers))
 
 
-def _head_widths(config: Any, heads: int) -> set[int]:
+def _widths(config: Any, heads: int) -> set[int]:
     named = (getattr(config, name, None) for name in ("head_dim", "v_head_dim", "global_head_dim"))
     sizes = {size for size in named if isinstance(size, int) and size > 0}
     return {heads * size for size in sizes or {int(config.hidden_size) // heads}}
@@ -218,24 +215,32 @@ def _behind_attention(decoder: nn.Module, blocks: nn.ModuleList) -> Iterator[tup
     hooks: dict[nn.Module, Any] = {}
     for layer, block in enumerate(blocks):
         for module in block.modules():
-            if any(part.dim() >= 2 for part in (*module._parameters.values(), *module._buffers.values()) if part is not None):
+            if _holds_matrix(module):
                 hooks[module] = _reader(lambda where, state, module=module: note(where, module, state), layer)
         hooks[block] = _told_apart
     device = next(decoder.parameters()).device
-    ids = torch.tensor([[0, 1, 2]] * 2, device=device)
+    # 0 often is the padding, which has no embedding; a short convolution does not reach back over six tokens
+    ids = torch.arange(1, 7, device=device).expand(2, -1)
     with suspended(decoder), _listening(hooks), torch.no_grad():
         decoder(input_ids=ids, use_cache=False)
     for layer, (module, width) in sorted(found.items()):
         yield layer, module, width
 
 
+def _holds_matrix(module: nn.Module) -> bool:
+    own = (*module._parameters.values(), *module._buffers.values())
+    return any(tensor is not None and tensor.dim() >= 2 for tensor in own)
+
+
 def _told_apart(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """A block's input with its rows made equal but for the first token, which is of opposite sign."""
+    """A block's input with equal rows, but that the first token of the second has the state of the next token."""
     state = block_input(args, kwargs)
     if state.dim() != 3:
-        raise PlanError(f"{type(module).__name__}: the block's state has shape {list(state.shape)}, readable are [B, S, H]")
+        raise PlanError(
+            f"{type(module).__name__}: the block's state has shape {list(state.shape)}, readable are [B, S, H]"
+        )
     twin = state[:1].expand_as(state).clone()
-    twin[1, 0] *= -1
+    twin[1, 0] = twin[1, 1]
     return ((twin, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": twin})
 
 
