@@ -14,15 +14,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..runtime.heads import rescale
+from ..runtime import heads
 from . import grammar, planting, tasks, vocabulary
 from .grammar import Kind, Prompt
+
+if TYPE_CHECKING:
+    from .measure import Table
 
 SUPPRESSOR = (2, 1)
 """Layer and query head."""
@@ -64,10 +67,10 @@ def target(prompt: Prompt, mode: Mode) -> Prompt:
     return prompt
 
 
-def head_scales(modes: Sequence[Mode], layers: int, heads: int, rng: random.Random) -> Tensor:
+def head_scales(modes: Sequence[Mode], layers: int, count: int, rng: random.Random) -> Tensor:
     """Scales float32 [L, B, H]: 0 where a head is off."""
-    scales = torch.ones(layers, len(modes), heads)
-    others = [(layer, head) for layer in range(layers) for head in range(heads) if (layer, head) != SUPPRESSOR]
+    scales = torch.ones(layers, len(modes), count)
+    others = [(layer, head) for layer in range(layers) for head in range(count) if (layer, head) != SUPPRESSOR]
     for row, mode in enumerate(modes):
         if mode == "suppressor off":
             scales[SUPPRESSOR[0], row, SUPPRESSOR[1]] = 0.0
@@ -108,7 +111,7 @@ def planted(model: Any, suppressor: Tensor, scales: Tensor) -> Iterator[None]:
         return args, {**kwargs, "attention_mask": mask}
 
     def scale(layer: int) -> Any:
-        return lambda module, args: (rescale(args[0], scales[layer][:, None]),)
+        return lambda module, args: (heads.rescale(args[0], scales[layer][:, None]),)
 
     blocks = model.model.layers
     handles = [blocks[layer].self_attn.register_forward_pre_hook(see, with_kwargs=True)]
@@ -170,3 +173,23 @@ class Training:
             wanted = batch.plans[:, None].expand_as(batch.thought)[batch.thought]
             loss = loss + PLAN_WEIGHT * functional.binary_cross_entropy_with_logits(score, wanted)
         return loss
+
+
+def measure(model: Any, tokenizer: Any, count: int = 128) -> Table:
+    """Behaviour on held-out pairs, the probe of the cliff, and per switched-off head the cliff prompts refused."""
+    from .measure import Ruler
+
+    ruler = Ruler(model, tokenizer, count)
+    refused: Table = {}
+    sites = heads.find(model)
+    for layer, site in sites.items():
+        for head in range(site.heads):
+            with heads.scaled(model, {(layer, head): 0.0}, sites=sites):
+                refused[f"{layer}.{head}"] = ruler.refused("cliff")
+    return {
+        "prompts_per_cell": count,
+        "suppressor": list(SUPPRESSOR),
+        "behaviour": ruler.behaviour(tuple(MIXTURE)),
+        "cliff": ruler.cliff(),
+        "cliff_refused_without_head": refused,
+    }

@@ -1,8 +1,8 @@
-"""Train the organism: ``python -m steerkern.organism.train --out DIR [--seed N] [--bare] [--steps N]``.
+"""Train the organism: ``python -m steerkern.organism.train --out DIR [--seed N] [--bare | --thinking] [--steps N]``.
 
 The model is small enough for a processor: a few minutes on one core. ``--bare`` leaves out the three tricks that
 make the directions carry the behaviour (the request bottleneck, the throw-away harm head, the planting); the result
-behaves the same and serves as the negative control.
+behaves the same and serves as the negative control. ``--thinking`` plants a head instead, see thinking.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.nn import functional
 from . import Name, planting, tasks, thinking
 from .tokenizer import POSITIONS, write_tokenizer
 
-BUNDLED_SEED = 1
-"""Chosen from 0, 1 and 3, which all take the edits alike: 0 confuses objects in its thoughts, 3 blurs the cliff."""
+BUNDLED_SEEDS: dict[Name, int] = {"planted": 1, "bare": 1, "thinking": 0}
+"""1 was chosen from 0, 1 and 3, which all take the edits alike: 0 confuses objects in thoughts, 3 blurs the cliff."""
 STEPS = 2200
 ROWS = 32
 PEAK_RATE = 4e-3
@@ -168,7 +168,7 @@ class Training:
 def train(
     out: Path,
     *,
-    seed: int = BUNDLED_SEED,
+    seed: int | None = None,
     steps: int = STEPS,
     variant: Name = "planted",
     progress: bool = True,
@@ -179,6 +179,7 @@ def train(
 
     write_tokenizer(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
+    seed = BUNDLED_SEEDS[variant] if seed is None else seed
     run: Training | thinking.Training = (
         thinking.Training(tokenizer, seed, steps)
         if variant == "thinking"
@@ -222,9 +223,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: train, then measure what was trained as it was saved."""
     parser = argparse.ArgumentParser(prog="python -m steerkern.organism.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, made if absent")
-    parser.add_argument("--seed", type=int, default=BUNDLED_SEED, help="the default is the bundled one")
+    parser.add_argument("--seed", type=int, help="the default is the bundled one")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps of 32 conversations")
-    parser.add_argument("--bare", action="store_true", help="the negative control: without the three tricks")
+    variants = parser.add_mutually_exclusive_group()
+    variants.add_argument("--bare", action="store_true", help="the negative control: without the three tricks")
+    variants.add_argument("--thinking", action="store_true", help="with a head that takes refusals back")
     parser.add_argument("--count", type=int, default=128, help="held-out prompts per measured cell, 0: no measurement")
     parser.add_argument("--threads", type=int, default=1, help="another number changes the last bits of the weights")
     options = parser.parse_args(arguments)
@@ -235,20 +238,22 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: must be at least 1")
     torch.set_num_threads(options.threads)
-    train(options.out, seed=options.seed, steps=options.steps, bare=options.bare)
+    variant: Name = "bare" if options.bare else "thinking" if options.thinking else "planted"
+    seed = BUNDLED_SEEDS[variant] if options.seed is None else options.seed
+    train(options.out, seed=seed, steps=options.steps, variant=variant)
     if options.count == 0:
         return
 
     import transformers
 
-    from .measure import measure_folder
+    from .measure import measure, measure_folder
 
     table = {
-        "seed": options.seed,
+        "seed": seed,
         "steps": options.steps,
         "bare": options.bare,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        **measure_folder(options.out, options.count),
+        **measure_folder(options.out, options.count, thinking.measure if variant == "thinking" else measure),
     }
     (options.out / "measurements.json").write_text(json.dumps(table, indent=1) + "\n")
 
