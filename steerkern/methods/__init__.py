@@ -25,6 +25,8 @@ class System:
     name: str
     title: str
     paper: str
+    organism: str = "planted"
+    """The bundled model that it is shown on."""
 
     def load(self) -> Callable[..., Report]:
         """Its ``run``."""
@@ -37,6 +39,7 @@ SYSTEMS = {
     system.name: system
     for system in (
         System("harmfulness-vs-refusal", "Harmfulness and refusal as separate directions, Latent Guard", "2507.11878"),
+        System("refusal-cliff", "Refusal cliff in reasoning models, Cliff-as-a-Judge", "2510.06036", "thinking"),
     )
 }
 

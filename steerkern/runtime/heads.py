@@ -112,9 +112,7 @@ def rescale(z: Tensor, scales: Tensor, repair: Repair | None = "token") -> Tenso
     changed = (split.float() * scales.float()[..., None]).flatten(-2)
     if repair is None:
         return changed.to(z.dtype)
-    whole = repair == "global"
-    before = z.float().norm() if whole else z.float().norm(dim=-1, keepdim=True)
-    after = changed.norm() if whole else changed.norm(dim=-1, keepdim=True)
+    before, after = (_norm(some, repair) for some in (z.float(), changed))
     factor = before / torch.where(after > 0, after, torch.ones_like(after))
     return (changed * factor).to(z.dtype)
 
@@ -158,6 +156,11 @@ def contributions(site: HeadSite, z: Tensor) -> Tensor:
     bias: Tensor = site.module(alone.new_zeros(1, 1, alone.shape[-1]))
     out: Tensor = site.module(alone)
     return out - bias
+
+
+def _norm(z: Tensor, repair: Repair) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(z, dim=None if repair == "global" else -1, keepdim=True)
+    return norm
 
 
 class _Scale:

@@ -83,7 +83,7 @@ def cliff(trace: Trace, scores: Tensor, preset: Preset) -> Cliff:
 
 
 def mean_curve(scores: Tensor, mask: Tensor, points: int, *, zeros: bool = False) -> Tensor:
-    """Mean over right-aligned sequences, resampled: ``[points]`` from ``scores [N, S]`` and ``mask`` (bool, same shape).
+    """Mean over right-aligned sequences, resampled: ``[points]`` from ``scores`` and ``mask`` (bool), both ``[N, S]``.
 
     Columns that no sequence reaches do not count, so padding changes nothing. ``zeros`` is the published mean, which
     counts a sequence as 0 where it has not begun and therefore sinks to the left.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ... import refusal
 from ...runtime import heads
@@ -19,7 +17,9 @@ from .prober import Probe, scores
 from .traces import Thinking, Trace, answers, ask, write
 
 
-def attribution(subject: Subject, traces: Sequence[Trace], probe: Probe, sites: dict[int, HeadSite]) -> dict[Head, float]:
+def attribution(
+    subject: Subject, traces: Sequence[Trace], probe: Probe, sites: dict[int, HeadSite]
+) -> dict[Head, float]:
     """``c[l, h] = <a[l, h], w> / |w|`` at the last token, averaged over traces; the most negative heads suppress.
 
     ``a[l, h] = W_O z~`` lies in the residual stream and ``w`` behind the final norm: a ranking, not a score.
@@ -94,7 +94,7 @@ def ablate(
     drawn = [tuple(chance.sample(others, min(len(top), len(others)))) for _ in range(controls)]
 
     def without(some: Sequence[Head], label: str, written: bool = True) -> Ablation:
-        with _off(subject, some, preset, sites):
+        with heads.scaled(subject.model, dict.fromkeys(some, 0.0), repair=preset.repair, sites=sites):
             read = scores(subject, traces, probe)
             final = sum(cliff(t, s, preset).final for t, s in zip(traces, read, strict=True)) / len(traces)
             refused = _refused(subject, traces, how, label, [preset.repair, sorted(some)]) if written else None
@@ -105,21 +105,7 @@ def ablate(
     return Ablations(stock, without(top, "without the suppressors"), random_sets)
 
 
-@contextmanager
-def _off(subject: Subject, some: Sequence[Head], preset: Preset, sites: dict[int, HeadSite]) -> Iterator[None]:
-    with heads.scaled(subject.model, dict.fromkeys(some, 0.0), repair=preset.repair, sites=sites):
-        yield
-
-
 def _refused(subject: Subject, traces: Sequence[Trace], how: Thinking, label: str, under: object) -> float:
     rendered = ask(subject, [trace.prompt for trace in traces], how)
     texts = answers(subject, write(subject, label, rendered, how, under), how)
     return refusal.rate(subject.scorer, texts)
-
-
-def head_map(found: dict[Head, float], layers: int, count: int) -> Tensor:
-    """Scores ``[L, H]``, NaN where a layer has no such head."""
-    made = torch.full((layers, count), float("nan"))
-    for (layer, head), score in found.items():
-        made[layer, head] = score
-    return made

@@ -55,6 +55,8 @@ class Trace:
     start: int
     close: int
     thought: str
+    tail: str
+    """The white space behind the marker."""
     answer: str
     refused: bool
 
@@ -109,7 +111,9 @@ def write(
         ValueError: the model as it is (``under`` is None) closes no thought in the whole first batch.
     """
     kept = subject.kept
-    key = "" if kept is None else kept.key([asdict(how), subject.new_tokens, under, [prompt.ids for prompt in rendered]])
+    key = (
+        "" if kept is None else kept.key([asdict(how), subject.new_tokens, under, [prompt.ids for prompt in rendered]])
+    )
     if kept is not None and (known := kept.get(key)) is not None:
         return [list(map(int, ids)) for ids in known]
     closing = marker(subject.tokenizer, how.marker)
@@ -184,12 +188,13 @@ def _close(subject: Subject, prompt: Prompt, before: Rendered, reply: list[int],
     thought = _text(subject.tokenizer, reply[:first])
     if len(thought.strip()) <= SHORTEST:
         return None
-    answer = _text(subject.tokenizer, reply[end:]).strip()
-    while end < len(reply) and not _text(subject.tokenizer, reply[end : end + 1]).strip():
-        end += 1
-    start = len(before.ids)
+    behind = end
+    while behind < len(reply) and not _text(subject.tokenizer, reply[behind : behind + 1]).strip():
+        behind += 1
+    tail, answer = (_text(subject.tokenizer, some) for some in (reply[end:behind], reply[behind:]))
     (refused,) = refusal.score(subject.scorer, [answer])
-    return Trace(prompt, before.text, (*before.ids, *reply[:end]), start, start + first, thought, answer, refused)
+    ids, start = (*before.ids, *reply[:behind]), len(before.ids)
+    return Trace(prompt, before.text, ids, start, start + first, thought, tail, answer.strip(), refused)
 
 
 def _find(ids: Sequence[int], closing: Marker) -> tuple[int, int] | None:
