@@ -108,7 +108,7 @@ def rescale(z: Tensor, scales: Tensor, repair: Repair | None = "token") -> Tenso
     >>> rescale(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0]))
     tensor([0., 5.])
     """
-    split = z.unflatten(-1, (scales.shape[-1], -1))
+    split: Tensor = z.unflatten(-1, (scales.shape[-1], -1))
     changed = (split.float() * scales.float()[..., None]).flatten(-2)
     if repair is None:
         return changed.to(z.dtype)

@@ -117,6 +117,14 @@ def trajectory(
     return tuple(torch.cat(x).tolist()), tuple(torch.cat(y).tolist())
 
 
+def ending(scores: Sequence[Tensor], tokens: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """x and mean score of the last ``tokens`` tokens, the very last one at -1."""
+    rows, mask = _right_aligned([row[-tokens:] for row in scores])
+    width = rows.shape[1]
+    curve = mean_curve(rows, mask, width)
+    return tuple(float(x) for x in range(-width, 0)), tuple(curve.tolist())
+
+
 def _right_aligned(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     width = max(map(len, rows))
     scores, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)

@@ -11,7 +11,7 @@ from ...report import Column, Report, Row, Table
 from ...runtime.heads import Head
 from ...subject import Subject
 from ..sets import Sets
-from .cliffs import PRESETS, cliff, trajectory
+from .cliffs import PRESETS, cliff, ending, trajectory
 from .judge import Selection
 from .prober import Probe
 from .suppressors import Ablation, Ablations, strongest
@@ -19,6 +19,8 @@ from .traces import Thinking, Trace
 
 LISTED = 16
 """Heads in the table."""
+SHOWN = 16
+"""Tokens in the picture of the end."""
 Group = tuple[list[Trace], list[Tensor]]
 
 
@@ -63,8 +65,8 @@ def summarise(subject: Subject, sets: Sets, found: Found, seed: int) -> Report:
         f"Preset {found.preset!r}; thoughts closed by {found.how.marker!r}, temperature {found.how.temperature:g}; "
         f"refusals by scorer {subject.scorer!r}. The prober was fitted on {found.probe.count} prompts of each class "
         f"and is right on {found.probe.accuracy:.1%} of those kept for validation.",
-        f"Without the {len(top.heads)} strongest suppressors (first {_named(top.heads[0])}) the final score of "
-        f"held-out prompts rises by {found.ablations.raised(top):+.3f}, without random heads by at most {worst:.3f}.",
+        f"Heads switched off: {len(top.heads)}, the strongest suppressor is {_named(top.heads[0])}. The final score of "
+        f"held-out prompts changes by {found.ablations.raised(top):+.3f}, without random heads by at most {worst:.3f}.",
     ]
     if "harmful, answered" not in found.groups():
         notes.append("No held-out harmful prompt is answered: there is no cliff here to explain.")
@@ -187,19 +189,38 @@ def _selection(found: Found) -> Table:
 
 
 def _curves(subject: Subject, found: Found) -> Plot:
-    rules = PRESETS[found.preset]
-    lines = []
+    zeros = PRESETS[found.preset].zeros
+    whole, ends = [], []
     for name, (traces, tracks) in found.groups().items():
-        x, y = trajectory(traces, tracks, zeros=rules.zeros)
-        lines.append(Line(f"{name} ({len(traces)})", x, y))
-    fall = _fall(found, _scores(found))
-    if fall:
-        lines.append(Line(f"plateau {fall['plateau']:.2f}", (1.0, 2.0), (fall["plateau"],) * 2))
-        lines.append(Line(f"cliff {fall['final']:.2f}", (2.0, 2.2), (fall["final"],) * 2))
-    x_label = "whole sequence, zeros on the left" if rules.zeros else "prompt [0, 1], thought [1, 2], marker"
-    mark = None if rules.zeros else (2.0, "end of the thought")
-    panel = Panel("Held-out prompts, mean over items", x_label, "refusal score", tuple(lines), share=True, mark=mark)
-    return Plot("trajectory", f"Refusal score through the thought: {subject.source}", (panel,))
+        whole.append(Line(f"{name} ({len(traces)})", *trajectory(traces, tracks, zeros=zeros)))
+        ends.append(Line(name, *ending(tracks, SHOWN)))
+    if fall := _fall(found, _scores(found)):
+        first, last = (0.0, 2.2) if zeros else (1.0, 2.2)
+        whole += [
+            Line(f"plateau {fall['plateau']:.2f}", (first, last), (fall["plateau"],) * 2, guide=True),
+            Line(f"cliff {fall['final']:.2f}", (first, last), (fall["final"],) * 2, guide=True),
+        ]
+    marked = min(len(trace.ids) - trace.close for traces in found.held for trace in traces)
+    panels = (
+        Panel(
+            "Mean over held-out prompts",
+            "whole sequence, zeros on the left" if zeros else "prompt [0, 1], thought [1, 2], marker",
+            "refusal score",
+            tuple(whole),
+            share=True,
+            mark=None if zeros else (2.0, "end of the thought"),
+        ),
+        Panel(
+            "The last tokens",
+            "token, counted from the end of the marker",
+            "refusal score",
+            tuple(ends),
+            share=True,
+            whole=True,
+            mark=(-float(marked), "marker begins"),
+        ),
+    )
+    return Plot("trajectory", f"Refusal score through the thought: {subject.source}", panels)
 
 
 def _map(subject: Subject, found: Found) -> Plot:
