@@ -19,7 +19,7 @@ from .cliffs import Cliff, Preset, cliff, mean_curve, preset_of, trajectory
 from .judge import Selection, select
 from .prober import Probe, fit, scores
 from .summary import Found, summarise
-from .suppressors import ablate, attribution, strongest
+from .suppressors import ablate, attribution, ranked
 from .traces import Thinking, Trace, think
 
 __all__ = [
@@ -62,16 +62,16 @@ def run(
         seed: of thoughts, validation split and random heads.
 
     Raises:
-        ValueError: an unknown preset, a marker that never comes, prompts without room for a thought, fewer than five
-            prompts that are refused or answered after thinking.
+        ValueError: an unknown preset, a share outside (0, 1), a marker that never comes, prompts without room for a
+            thought, fewer than five prompts that are refused or answered after thinking.
         PlanError: a family whose head site is not found.
     """
     rules, how = preset_of(preset), Thinking(marker, max_thought, temperature, seed)
     if controls < 0 or choose < 1:
         raise ValueError(f"controls must be at least 0 and choose at least 1, got {controls} and {choose}")
+    if not 0 < share < 1:
+        raise ValueError(f"the share of heads must lie between 0 and 1, got {share}")
     sites = heads.find(subject.model)
-    count = sum(site.heads for site in sites.values())
-    strongest(dict.fromkeys([(0, head) for head in range(count)], 0.0), share)  # a bad share, before long work
     harmful, harmless = _think(subject, sets.train, "to learn from", how)
     probe = fit(
         subject,
@@ -81,7 +81,7 @@ def run(
         seed=seed,
     )
     attributed = attribution(subject, _falling(harmful), probe, sites)
-    top = strongest(attributed, share)
+    top = ranked(attributed)[: max(1, round(share * len(attributed)))]
     held = _think(subject, sets.heldout, "held out", how)
     tracks = [scores(subject, traces, probe) for traces in held]
     ablations = ablate(subject, _falling(held[0]), probe, rules, how, top, sites, controls, seed)

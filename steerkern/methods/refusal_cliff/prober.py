@@ -81,18 +81,13 @@ def fit(
     chance = torch.Generator().manual_seed(seed)
     count = min(len(refused), len(answered), MOST)
     sides = [[side[i] for i in torch.randperm(len(side), generator=chance)[:count]] for side in (refused, answered)]
-    found = dict(final_norm_last(subject, [*sides[0], *sides[1]]))
+    found = {i: h[-1].float().cpu() for i, h in final_norm(subject, [*sides[0], *sides[1]])}
     states = torch.stack([found[i] for i in range(2 * count)])
     labels = torch.cat([torch.ones(count), torch.zeros(count)])
     held = torch.arange(2 * count) % count < max(1, round(VALIDATION * count))
     train = _adam if published else _regression
     weight, bias = train(states[~held], labels[~held], states[held], labels[held], chance)
     return Probe(weight, bias, _accuracy(states[held] @ weight + bias, labels[held]), count)
-
-
-def final_norm_last(subject: Subject, traces: Sequence[Trace]) -> Iterator[tuple[int, Tensor]]:
-    """Number and ``final_norm [H]`` of each trace at its last token, float32 on the CPU."""
-    return ((i, states[-1].float().cpu()) for i, states in final_norm(subject, traces))
 
 
 def _regression(

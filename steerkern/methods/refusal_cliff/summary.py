@@ -14,11 +14,13 @@ from ..sets import Sets
 from .cliffs import PRESETS, cliff, ending, trajectory
 from .judge import Selection
 from .prober import Probe
-from .suppressors import Ablation, Ablations, strongest
+from .suppressors import Ablation, Ablations, ranked
 from .traces import Thinking, Trace
 
 LISTED = 16
 """Heads in the table."""
+TRUSTED = 0.9
+"""Validation accuracy from which on the prober's scores mean something."""
 SHOWN = 16
 """Tokens in the picture of the end."""
 Group = tuple[list[Trace], list[Tensor]]
@@ -68,6 +70,8 @@ def summarise(subject: Subject, sets: Sets, found: Found, seed: int) -> Report:
         f"Heads switched off: {len(top.heads)}, the strongest suppressor is {_named(top.heads[0])}. The final score of "
         f"held-out prompts changes by {found.ablations.raised(top):+.3f}, without random heads by at most {worst:.3f}.",
     ]
+    if found.probe.accuracy < TRUSTED:
+        notes.append("A prober that is so often wrong says little: all scores below are to be read with care.")
     if "harmful, answered" not in found.groups():
         notes.append("No held-out harmful prompt is answered: there is no cliff here to explain.")
     return Report(
@@ -119,7 +123,7 @@ def _fall(found: Found, table: Table) -> dict[str, float]:
 
 
 def _heads(found: Found) -> Table:
-    ranked = strongest(found.attribution, 0.999)[:LISTED]
+    strongest = ranked(found.attribution)[:LISTED]
     rows: tuple[Row, ...] = tuple(
         {
             "rank": i + 1,
@@ -128,7 +132,7 @@ def _heads(found: Found) -> Table:
             "score": found.attribution[layer, head],
             "off": (layer, head) in found.ablations.top.heads,
         }
-        for i, (layer, head) in enumerate(ranked)
+        for i, (layer, head) in enumerate(strongest)
     )
     columns = (
         Column("rank", "rank"),

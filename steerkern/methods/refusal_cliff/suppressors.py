@@ -38,15 +38,9 @@ def attribution(
     return found
 
 
-def strongest(found: dict[Head, float], share: float) -> list[Head]:
-    """The most negative ``share`` of all heads, at least one, the most negative first.
-
-    Raises:
-        ValueError: a share outside (0, 1).
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"the share of heads must lie between 0 and 1, got {share}")
-    return sorted(found, key=lambda head: found[head])[: max(1, round(share * len(found)))]
+def ranked(found: dict[Head, float]) -> list[Head]:
+    """All heads, the strongest suppressor first."""
+    return sorted(found, key=lambda head: found[head])
 
 
 @dataclass(frozen=True)
