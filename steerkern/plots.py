@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 
 PALETTE = ("#0b5fa5", "#c8501e", "#3c8d40", "#7a5195", "#6b6b6b")
 """Line colours of plots, told apart by the colour-blind too."""
+CROWDED = 40
+"""Curves of more points have no markers."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of a plot."""
+    """A curve of a plot; a ``guide`` is dashed and has no markers."""
 
     label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
+    guide: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,10 @@ def _lines(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     for i, line in enumerate(panel.lines):
-        colour, marker = PALETTE[i % len(PALETTE)], "os^Dv"[i % 5]
+        if line.guide:
+            axes.plot(line.x, line.y, color="#222222", linewidth=1.2, linestyle=(0, (2, 2)), zorder=3, label=line.label)
+            continue
+        colour, marker = PALETTE[i % len(PALETTE)], "os^Dv"[i % 5] if len(line.x) <= CROWDED else None
         axes.plot(line.x, line.y, color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=line.label)
     _frame(axes, panel)
     if panel.share:

@@ -60,9 +60,7 @@ def ablation(k: int, width: int, plans: int, device: Device) -> Tables:
 Side = Callable[[Buffers], Any]
 
 
-def fused(
-    device: Device, backend: str, tables: Tables, slot: Tensor | None, weight: Tensor, **tuning: Any
-) -> Side:
+def fused(device: Device, backend: str, tables: Tables, slot: Tensor | None, weight: Tensor, **tuning: Any) -> Side:
     """The op of a backend through its bound kernel; ``slot`` None: no row is steered."""
     if backend == "reference":
         run = dispatch.RUNNERS["reference"]

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import methods
-from .options import Device, Dtype, Harmful, Harmless, Json, Model, Threads, is_organism, load
+from .options import ORGANISM, Device, Dtype, Harmful, Harmless, Json, Model, Threads, is_organism, load
 from .outcome import Outcome, command, progress
 
 if TYPE_CHECKING:
@@ -149,10 +149,11 @@ def _run(
     if "sets" in inputs and not {"harmful", "harmless"} <= set(given) and (given or not is_organism(o["model"])):
         raise ValueError("--harmful FILE and --harmless FILE are both needed; only the organism brings its own prompts")
     texts = {name: read_prompts(path) for name, path in given.items()}
+    source = o["model"] or f"{ORGANISM}:{system.organism}"
     needed: dict[str, Any] = {}
     if "sets" in inputs:
-        needed["sets"] = split(texts, o["count"], o["seed"]) if texts else bundled(o["count"])
-    source = o["model"]
+        name = source.partition(":")[2] or "planted"
+        needed["sets"] = split(texts, o["count"], o["seed"]) if texts else bundled(o["count"], name)
     needed["subject"] = _subject(source, o)
     if "other" in inputs:
         if o["other"] is None:
@@ -193,4 +194,3 @@ def _subject(name: str | None, o: dict[str, Any]) -> Subject:
 
 def _keeping(subject: Subject, kept: Any) -> Subject:
     return dataclasses.replace(subject, kept=kept)
-

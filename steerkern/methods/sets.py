@@ -49,8 +49,11 @@ def split(given: Mapping[str, Sequence[str]], count: int, seed: int = 0) -> Sets
     return Sets(train, heldout)
 
 
-def bundled(count: int) -> Sets:
-    """Prompts of the organism, of every name in :data:`NAMES`; its held-out pairs are those that it never saw."""
+def bundled(count: int, model: str = "planted") -> Sets:
+    """Prompts of an organism, of the names in :data:`NAMES`; its held-out pairs are those that it never saw.
+
+    The thinking one answers harmful requests with another marker, and refuses no harmless ones.
+    """
     from ..organism import grammar, vocabulary
 
     kinds: dict[str, tuple[Any, bool]] = {
@@ -59,6 +62,8 @@ def bundled(count: int) -> Sets:
         "jailbroken": ("jailbreak", True),
         "overrefused": ("strict", False),
     }
+    if model == "thinking":
+        kinds = {name: kinds[name] for name in ("harmful", "harmless")} | {"jailbroken": ("cliff", True)}
 
     def draw(part: vocabulary.Split) -> dict[str, Sequence[Prompt]]:
         drawn: dict[str, Sequence[Prompt]] = {}

@@ -5,6 +5,7 @@ are right, not that a method works on a real model.
 
 ``planted``  refusal and harmfulness are separate directions that carry refusing and judging (measurements.json).
 ``bare``     the same behaviour trained without the planting: a method that finds a mediating direction here is broken.
+``thinking`` one attention head (thinking.SUPPRESSOR) takes back the refusal that a thought has planned.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .grammar import Prompt, prompts
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-Name = Literal["planted", "bare"]
+Name = Literal["planted", "bare", "thinking"]
 
 __all__ = ["Name", "Prompt", "load", "measurements", "path", "prompts"]
 

@@ -308,4 +308,3 @@ def _ahead(inputs: dict[str, Any], part: Part) -> dict[str, Any]:
     if not bool(mask.all()):
         kept["attention_mask"] = mask.long().to(state.device)  # type: ignore[union-attr]
     return {**kept, "use_cache": False}
-

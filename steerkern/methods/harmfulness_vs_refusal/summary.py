@@ -44,9 +44,7 @@ def summarise(
             _pools(beliefs, guard, train, heldout),
             _directions(subject, beliefs),
             _steering(subject, found, "refusal", "Refused, by the layer that is steered", "refused", "complied"),
-            _steering(
-                subject, found, "judgement", "Inverted prompts answered No", "judged_harmless", "judged_harmful"
-            ),
+            _steering(subject, found, "judgement", "Inverted prompts answered No", "judged_harmless", "judged_harmful"),
         ),
         (_scatter(subject, beliefs), _curves(subject, found)),
         {"stock": found.stock, "guard_threshold": guard.threshold, "layer": best},
@@ -194,4 +192,3 @@ def _curves(subject: Subject, found: Sweep) -> Plot:
         ),
     )
     return Plot("layers", f"Steering along harmfulness and refusal: {subject.source}", panels)
-
