@@ -126,6 +126,7 @@ def run(gate: Gate) -> None:
     for n, width in shapes[:4]:
         for backend in backends:
             measured(backend, n, width)
+    gate.stage("capture", lambda: ops.replayed(device))
     gate.stage("calls", lambda: ops.calls(device))
     plain = ops.variant_grid(device)
     if backends:
@@ -160,6 +161,7 @@ def decode(gate: Gate, device: Any, name: str, batches: tuple[int, ...]) -> None
     gate.stage(f"decode {name}: logits", load, needs=40)
     if model is None:
         return
+    gate.stage(f"decode {name}: replays", lambda: parts.replayed(device, model), needs=20)
     for rows in batches:
         at = f"decode {name} batch {rows}"
         gate.stage(f"{at}: graph", lambda r=rows: parts.captured(device, model, r), needs=20)

@@ -39,6 +39,7 @@ SYSTEMS = {
     system.name: system
     for system in (
         System("harmfulness-vs-refusal", "Harmfulness and refusal as separate directions, Latent Guard", "2507.11878"),
+        System("steering-baselines", "Directional ablation, CAA, ActAdd, RepE, ITI, Angular, CAST", "2406.11717"),
         System("refusal-cliff", "Refusal cliff in reasoning models, Cliff-as-a-Judge", "2510.06036", "thinking"),
     )
 }

@@ -14,6 +14,7 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, Site, needs
+from .continuous_batching import GenerateBatchCalls, ManagerCalls
 from .deciding import Deciding
 from .patch import attach, detach, occupied, suspended
 from .points import DoorPoint, NormPoint, Point
@@ -62,11 +63,16 @@ class Session:
             self._deciding.check(plan.steps)
         self._calls = DecoderCalls(anatomy.decoder, self._rows, self._deciding, self._edits_input())
         parts.append((anatomy.decoder, "call", self._calls))
+        self._managers = ManagerCalls(self._calls)
         # a wrapper may only pass the attribute on
         generating = next((m for m in anatomy.model.modules() if hasattr(type(m), "generate")), None)
         if generating is not None:
             parts.append((generating, "generate", GenerateCalls(self._calls)))
             parts.append((generating, "prepare_inputs_for_generation", PrepareCalls(self._calls)))
+            if hasattr(generating, "init_continuous_batching"):
+                parts.append((generating, "init_continuous_batching", self._managers))
+            if hasattr(generating, "generate_batch"):
+                parts.append((generating, "generate_batch", GenerateBatchCalls(self._managers)))
         self._watch_probes()
         self._attached: list[Part] = []
         self._attach(parts)
@@ -107,6 +113,7 @@ class Session:
         """Restore the model; calling it again does nothing."""
         while self._attached:
             detach(*self._attached.pop())
+        self._managers.close()
 
     def __enter__(self) -> Session:
         return self
@@ -119,7 +126,9 @@ class Session:
             self._complain()
 
     def _complain(self) -> None:
-        idle = [name for name, plan in self.receipt().plans.items() if plan.tokens == 0]
+        # a latch that stayed shut is a decision, not a mistake
+        latched = {plan.name for plan in self._program.plans if all(step.latch is not None for step in plan.steps)}
+        idle = [name for name, plan in self.receipt().plans.items() if plan.tokens == 0 and name not in latched]
         if not idle:
             return
         text = f"plan {idle[0]!r} wrote no token: no forward of this session reached its scope"
@@ -154,6 +163,7 @@ class Session:
             _check_plan(plan)
             self._program.check(plan)
             self._deciding.check(plan.steps)
+            self._managers.check(plan)
             self._hold(plan)
             self._rows.forget()
             self._calls.edits_input = self._edits_input()
@@ -168,6 +178,7 @@ class Session:
         with self._rows.lock:
             if any(name in names for names in self._rows.assigned or ()):
                 raise PlanError(f"plan {name!r} is assigned to rows; call rows() first")
+            self._managers.drop_ended()
             for batch in self._calls.running.values():
                 if batch.label and name in batch.names:
                     raise PlanError(f"plan {name!r} steers {batch.label}, which is still running")
@@ -184,18 +195,29 @@ class Session:
             self._program.set_scale(name, scale)
 
     @contextlib.contextmanager
-    def request(self, length: int, attention_mask: Tensor | None = None, batch: int = 1) -> Iterator[None]:
+    def request(
+        self,
+        length: int,
+        attention_mask: Tensor | None = None,
+        batch: int = 1,
+        rows: RowPlans | None = None,
+    ) -> Iterator[None]:
         """Say where the prompts of a hand-written decode loop lie; ``generate`` does this by itself.
 
-        Needed where forwards cannot tell prompt from generated tokens: loops without a cache, or in chunks.
+        Needed where forwards cannot tell prompt from generated tokens: loops without a cache, or in chunks. Requests of
+        several threads run side by side, one forward at a time.
 
         Args:
             length: columns of the prompt, padding included.
             attention_mask: ``[B, >= length]``, 0 at padding; without it ``batch`` rows have no padding.
             batch: number of sequences where there is no mask.
+            rows: plans of each sequence, for this request only; without them those of :meth:`rows` hold.
+
+        Raises:
+            PlanError: ``rows`` of another length, or a plan that this session does not hold.
         """
-        rows = batch if attention_mask is None else attention_mask.shape[0]
-        self._calls.open(Prompts.of(rows, length, attention_mask))
+        prompts = Prompts.of(batch if attention_mask is None else attention_mask.shape[0], length, attention_mask)
+        self._calls.open(prompts, None if rows is None else [tuple(_names(row)) for row in rows])
         try:
             yield
         finally:
@@ -225,10 +247,9 @@ class Session:
         """Let the points that a probe reaches keep what it reads."""
         probing: dict[int, list[str]] = {}
         for plan in self._program.plans:
-            for step in plan.steps:
-                if any(edit.kind == "probe" for edit in step.edits):
-                    for number in self._program.reach(step):
-                        probing.setdefault(number, []).append(plan.name)
+            for step in plan.probing:
+                for number in self._program.reach(step):
+                    probing.setdefault(number, []).append(plan.name)
         for point in self._points:
             assert point.number is not None
             names = probing.get(point.number)
@@ -247,8 +268,7 @@ class Session:
         Raises:
             PlanError: no such plan, or it has no probe.
         """
-        plan = self._program.get(name).plan
-        if not any(edit.kind == "probe" for step in plan.steps for edit in step.edits):
+        if not self._program.get(name).plan.probing:
             raise PlanError(f"plan {name!r} has no probe to read")
         found = {}
         for point in self._points:
