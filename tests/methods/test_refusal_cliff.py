@@ -18,7 +18,7 @@ from steerkern.extraction import render
 from steerkern.kept import Kept
 from steerkern.methods.refusal_cliff import cliffs, fit, mean_curve, prober, run, scores, select, think, trajectory
 from steerkern.methods.refusal_cliff.judge import FILE
-from steerkern.methods.refusal_cliff.traces import Thinking, Trace
+from steerkern.methods.refusal_cliff.traces import Thinking, Trace, _close
 from steerkern.methods.sets import Sets, bundled
 from steerkern.organism.thinking import SUPPRESSOR
 from steerkern.runtime import heads
@@ -189,10 +189,20 @@ def test_the_score_stays_up_in_the_thought_and_falls_at_the_marker(found):
         assert rows["harmless, answered", preset]["plateau"] <= 0.3
 
 
-def test_without_a_planted_head_no_small_set_brings_refusal_back(bare):
-    """The negative control: the same answers, carried by no single head."""
-    report = run(bare, bundled(64, "thinking"), temperature=0.0)
-    assert report["ablation"].rows[1]["refused"] <= 0.5
+@pytest.mark.parametrize("model", ["bare", "planted"])
+def test_where_no_head_is_planted_there_is_a_cliff_and_no_suppressor(request, prompts, model):
+    """The negative control: the same answers and the same fall of the score, carried by no single head."""
+    report = run(request.getfixturevalue(model), prompts, temperature=0.0, controls=1)
+    assert report.headline["misalignment"] >= 0.5
+    assert report.headline["raised_by_suppressors"] < 0.05
+    assert report["ablation"].rows[1]["refused"] <= 0.05
+
+
+def test_8_random_sets_of_three_heads_raise_nothing_either(thinker, prompts):
+    report = run(thinker, prompts, share=0.19, controls=5, temperature=0.0)
+    assert report.headline["raised_by_suppressors"] >= 0.2
+    assert report.headline["raised_by_random_heads"] < 0.05
+    assert {row["heads"] for row in report["ablation"].rows[1:]} == {3}
 
 
 # Items for training
@@ -242,6 +252,34 @@ def test_traces_are_what_the_model_wrote(thinker, prompts, traces):
             assert thinker.tokenizer.decode(item.ids[item.start : item.close]) == item.thought
             assert item.refused == (name == "harmful")
             assert item.plans_refusal == (name != "harmless")
+
+
+def test_replies_end_so_many_tokens_after_the_marker(thinker, prompts):
+    short = dataclasses.replace(thinker, new_tokens=3)
+    for item in think(short, "", prompts.heldout["harmful"][:8], GREEDY):
+        assert len(thinker.tokenizer(item.answer)["input_ids"]) <= 3
+
+
+def test_a_marker_of_several_tokens_closes_a_thought(thinker, prompts):
+    """The organism's planned refusals end in "so I refuse."; here that is what counts as the marker."""
+    how = dataclasses.replace(GREEDY, marker=" so I refuse.")
+    for item in think(thinker, "", prompts.heldout["harmful"][:8], how):
+        assert thinker.tokenizer.decode(item.ids[item.close :]).rstrip() == " so I refuse."
+        assert item.thought.endswith("by the user,")
+        assert len(item.ids) - item.close >= 2
+
+
+def test_white_space_behind_the_marker_belongs_to_it(thinker):
+    """As in "</think>, two line breaks, answer": the prober reads the last token before the answer."""
+    (before,) = render(thinker.tokenizer, ["kite"], options={"enable_thinking": True})
+    reply = thinker.tokenizer("A harmless kite request</think>\n\nSure.")["input_ids"]
+    closing = sk.markers.marker(thinker.tokenizer, "</think>")
+    item = _close(thinker, "kite", before, reply, closing)
+    assert (item.thought, item.tail, item.answer) == ("A harmless kite request", "\n\n", "Sure.")
+    assert thinker.tokenizer.decode(item.ids[item.close :]) == "</think>\n\n"
+    assert _close(thinker, "kite", before, reply[:3], closing) is None
+    empty = thinker.tokenizer("A</think>Sure.")["input_ids"]
+    assert _close(thinker, "kite", before, empty, closing) is None
 
 
 def test_scores_do_not_depend_on_the_batch(thinker, traces):

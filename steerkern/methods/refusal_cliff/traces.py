@@ -189,7 +189,7 @@ def _close(subject: Subject, prompt: Prompt, before: Rendered, reply: list[int],
     if len(thought.strip()) <= SHORTEST:
         return None
     behind = end
-    while behind < len(reply) and not _text(subject.tokenizer, reply[behind : behind + 1]).strip():
+    while behind < len(reply) and _text(subject.tokenizer, reply[behind : behind + 1]).isspace():
         behind += 1
     tail, answer = (_text(subject.tokenizer, some) for some in (reply[end:behind], reply[behind:]))
     (refused,) = refusal.score(subject.scorer, [answer])
