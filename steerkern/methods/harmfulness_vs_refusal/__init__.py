@@ -13,13 +13,17 @@ from ...report import Report
 from ...subject import Subject
 from ..sets import Sets
 from .beliefs import Beliefs, believe
+from .categories import Categories, categorise
 from .guard import LatentGuard, cluster_score
 from .inversion import GENERIC, ORGANISM, Inversion
 from .pools import Pools, sort
 from .steering import Sweep, sweep
 from .summary import summarise
 
-__all__ = ["Beliefs", "Inversion", "LatentGuard", "Pools", "Sweep", "believe", "cluster_score", "run", "sort", "sweep"]
+__all__ = [
+    "Beliefs", "Categories", "Inversion", "LatentGuard", "Pools", "Sweep", "believe", "categorise", "cluster_score",
+    "run", "sort", "sweep",
+]  # fmt: skip
 
 
 def run(
@@ -36,7 +40,8 @@ def run(
 
     Args:
         subject: the model.
-        sets: prompts; ``harmful`` and ``harmless`` are needed, ``jailbroken`` and ``overrefused`` widen the pools.
+        sets: prompts; ``harmful`` and ``harmless`` are needed, ``jailbroken`` and ``overrefused`` widen the pools, and
+            labels make categories.
         coefficient: strength of the steering; the paper's 1.
         centre: prompts per side that make the centres.
         lead_in: how the inverted prompt reports the request.
@@ -59,4 +64,5 @@ def run(
     )
     beliefs = believe(subject, train, heldout, guard, centre)
     found = sweep(subject, beliefs, heldout, inversion, coefficient)
-    return summarise(subject, sets, train, heldout, guard, beliefs, found, centre, seed)
+    categories = categorise(subject, sets.labels, train, heldout, guard, found.best(), coefficient)
+    return summarise(subject, sets, train, heldout, guard, beliefs, found, categories, centre, seed)
