@@ -293,6 +293,13 @@ def test_pools_that_are_missing_are_named(planted, sets):
         run(planted, Sets(sets.train, {"harmful": sets.heldout["harmful"], "harmless": sets.heldout["overrefused"]}))
 
 
+def test_prompts_without_room_are_refused_before_anything_is_asked(planted, sets, monkeypatch):
+    monkeypatch.setattr(type(planted), "ask", lambda *_: pytest.fail("asked"))
+    long = [*sets.heldout["harmful"], "tent " * 240]
+    with pytest.raises(ValueError, match="leaves no room for 16 more: the model has 256 positions|has 256 positions"):
+        run(planted, Sets(sets.train, {**sets.heldout, "harmful": long}))
+
+
 def test_an_inversion_needs_its_parts():
     with pytest.raises(ValueError, match="lead-in with one {}"):
         Inversion("no place", "why?")

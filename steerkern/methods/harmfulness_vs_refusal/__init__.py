@@ -15,7 +15,7 @@ from ..sets import Sets
 from .beliefs import Beliefs, believe
 from .categories import Categories, categorise
 from .guard import LatentGuard, cluster_score
-from .inversion import GENERIC, ORGANISM, Inversion
+from .inversion import GENERIC, ORGANISM, Inversion, inverted
 from .pools import Pools, sort
 from .steering import Sweep, sweep
 from .summary import summarise
@@ -49,10 +49,12 @@ def run(
         seed: recorded; nothing here is drawn at random.
 
     Raises:
-        ValueError: no harmful prompt that is refused or no harmless one that is answered, among those to learn from.
+        ValueError: prompts that the model cannot read; no harmful prompt that is refused, or no harmless one that is
+            answered.
     """
     usual = ORGANISM if subject.organism else GENERIC
     inversion = Inversion(lead_in or usual.lead_in, question or usual.question)
+    subject.check(*sets.named().values(), *(inverted(subject, inversion, some) for some in sets.heldout.values()))
     train, heldout = sort(subject, sets.train, "to learn from"), sort(subject, sets.heldout, "held out")
     guard = LatentGuard.fit(
         subject.model,
