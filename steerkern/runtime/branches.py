@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from ..errors import PlanError
 from .decoder import block_input, block_output, find_decoder, text_config
 from .watch import PROBE
 
-_CLOSE = 1e-3
+_CLOSE, _ROUNDINGS = 1e-3, 4
 
 
 class Writer(NamedTuple):
@@ -61,12 +62,17 @@ def writers(model: nn.Module) -> list[tuple[Writer, Writer]]:
 def _of_block(layer: int, states: list[Tensor], called: list[tuple[nn.Module, Tensor]]) -> tuple[Writer, Writer]:
     gained = states[1].float() - states[0].float()
     fitting = [(module, out.float()) for module, out in called if out.shape == gained.shape]
-    size = gained.abs().max().clamp_min(1e-12)
-    for i, (one, first) in enumerate(fitting):
-        for other, second in fitting[i + 1 :]:
-            if (first + second - gained).abs().max() <= _CLOSE * size:
-                return _writer(one), _writer(other)
-    raise PlanError(f"layer {layer}: attention and MLP do not each end in one linear module that writes the stream")
+    pairs = [
+        (float((first + second - gained).abs().max()), one, other)
+        for i, (one, first) in enumerate(fitting)
+        for other, second in fitting[i + 1 :]
+    ]
+    # the stream is rounded after each sum
+    rounding = _ROUNDINGS * torch.finfo(states[1].dtype).eps * float(states[1].abs().max())
+    error, one, other = min(pairs, key=lambda pair: pair[0], default=(math.inf, None, None))
+    if one is None or other is None or error > max(_CLOSE * float(gained.abs().max()), rounding):
+        raise PlanError(f"layer {layer}: attention and MLP do not each end in one linear module that writes the stream")
+    return _writer(one), _writer(other)
 
 
 def _writer(module: nn.Module) -> Writer:

@@ -117,6 +117,14 @@ def test_1_gpt2_stores_its_matrices_the_other_way_round():
         assert (made(ids).logits - steered).abs().max() < 1e-2
 
 
+def test_1_matrices_are_found_in_half_precision_too():
+    model = tiny_llama(2).to(torch.bfloat16)
+    found = writers(model)
+    for layer, (attention, mlp) in zip(model.model.layers, found, strict=True):
+        assert attention.module is layer.self_attn.o_proj
+        assert mlp.module is layer.mlp.down_proj
+
+
 def test_1_a_direction_of_another_width_changes_nothing():
     model = tiny_llama(0)
     before = copy.deepcopy(model.state_dict())
