@@ -36,6 +36,10 @@ def shared(
     overrefused: Annotated[
         Path | None, typer.Option(help="Harmless prompts that the model refuses.", show_default=False)
     ] = None,
+    category: Annotated[
+        str | None,
+        typer.Option(help="Column of --harmful FILE that holds each prompt's category of harm.", show_default=False),
+    ] = None,
     count: Annotated[int, typer.Option(min=8, help="Prompts per set to learn from and to measure on, at most.")] = 128,
     scorer: Annotated[str, typer.Option(help="How refusals are told; see steerkern.refusal.")] = "prefix",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the replies that are scored.")] = 16,
@@ -153,7 +157,8 @@ def _run(
     needed: dict[str, Any] = {}
     if "sets" in inputs:
         name = source.partition(":")[2] or "planted"
-        needed["sets"] = split(texts, o["count"], o["seed"]) if texts else bundled(o["count"], name)
+        labels = _labels(o["harmful"], o["category"], texts.get("harmful", []))
+        needed["sets"] = split(texts, o["count"], o["seed"], labels) if texts else bundled(o["count"], name)
     needed["subject"] = _subject(source, o)
     if "other" in inputs:
         if o["other"] is None:
@@ -174,6 +179,20 @@ def _run(
             console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
 
     return Outcome({"command": f"run {system.name}", **found.to_json(), "files": [str(file) for file in files]}, show)
+
+
+def _labels(file: Path | None, column: str | None, prompts: list[str]) -> dict[str, str]:
+    """The category of each prompt of a file."""
+    from ..prompts import read_prompts
+
+    if column is None:
+        return {}
+    if file is None:
+        raise ValueError("--category names a column of --harmful FILE")
+    labels = read_prompts(file, column)
+    if len(labels) != len(prompts):
+        raise ValueError(f"{file.name}: {len(prompts)} prompts, {len(labels)} of them with a {column!r}")
+    return dict(zip(prompts, labels, strict=True))
 
 
 def _subject(name: str | None, o: dict[str, Any]) -> Subject:

@@ -63,4 +63,5 @@ def run(
     Raises:
         ValueError: replies that begin alike, or no prompt of a side that behaves as its side should.
     """
+    subject.check(*sets.named().values())
     return compare(subject, sets, budget, heads, strength, seed)

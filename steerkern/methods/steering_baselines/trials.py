@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ...extraction import Prompt, Rendered
 from ...logits import divergence, next_logprobs
 from ...plan import Plan
-from ...plots import HeatMap, Line, Panel, Plot
+from ...plots import Bars, HeatMap, Plot
 from ...report import Column, Report, Row, Table
 from ...subject import Question, Subject
 from ..sets import Sets
@@ -88,7 +88,7 @@ def _methods(
         "RepE": repe(subject, *learn, coefficient=r.norm),
         "ITI": iti(subject, *learn, strength=strength, heads=heads or None),
     }
-    made = [Method("directional ablation, addition", ablation(r.unit), plus)]
+    made = [Method("ablation, addition", ablation(r.unit), plus)]
     made.append(Method("subtraction, addition", addition(r, layer, -1.0, name="subtraction"), plus))
     made += [Method(name, plan.scaled(-1.0).named(f"{plan.name} away"), plan) for name, plan in towards.items()]
     turns = [angular(subject, *learn, degrees=d, name=f"angular {d}") for d in (180, 0)]
@@ -225,23 +225,15 @@ def _candidates(selection: Selection) -> Table:
 def _bars(
     subject: Subject, methods: Sequence[Method], stock: Sequence[float], away: Sequence[float], towards: Sequence[float]
 ) -> Plot:
-    x = tuple(float(i + 1) for i in range(len(methods)))
-    numbered = ", ".join(f"{i + 1} {method.name}" for i, method in enumerate(methods))
+    names = tuple(method.name for method in methods)
     panels = tuple(
-        Panel(
-            title,
-            "method",
-            "prompts refused",
-            (Line("steered", x, tuple(values)), Line("stock", x, (before,) * len(x))),
-            share=True,
-            whole=True,
-        )
+        Bars(title, "prompts refused", names, tuple(values), (before, "stock model"))
         for title, values, before in (
             ("Harmful prompts, away from refusal", away, stock[0]),
             ("Harmless prompts, towards refusal", towards, stock[1]),
         )
     )
-    return Plot("methods", f"Steering baselines: {subject.source}", panels, numbered)
+    return Plot("methods", f"Steering baselines: {subject.source}", panels)
 
 
 def _maps(subject: Subject, selection: Selection) -> Plot:
