@@ -223,3 +223,22 @@ def test_layers_without_attention_have_no_heads(name, layers):
 def test_families_without_a_head_site_are_refused(name, reason):
     with pytest.raises(sk.PlanError, match=reason):
         heads.find(families.build(KNOWN[name]))
+
+
+def test_a_graph_that_was_compiled_before_is_not_used_for_scaled_heads(model, ids):
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        stock = compiled(ids).logits
+        with heads.scaled(compiled, {HEAD: 0.0}):
+            scaled = compiled(ids).logits
+            assert torch.allclose(scaled, model(ids).logits, atol=1e-4)
+        assert not torch.allclose(scaled, stock, atol=1e-2)
+        assert torch.equal(compiled(ids).logits, stock)
+
+
+def test_generation_with_a_static_cache(model, ids):
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    with heads.scaled(model, {HEAD: 0.0}):
+        grown = model.generate(ids, **options)
+        static = model.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(grown, static)
