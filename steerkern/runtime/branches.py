@@ -1,16 +1,15 @@
-"""What a block's branches write: their output matrices, found by their values, and the attention heads before them."""
+"""What a block's branches write: their output matrices, found by their values."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from .decoder import block_input, block_output, find_decoder, text_config
+from .decoder import block_input, block_output, find_decoder
 from .watch import PROBE
 
 _CLOSE, _ROUNDINGS = 1e-3, 4
@@ -87,44 +86,3 @@ def _matrix(module: nn.Module) -> tuple[Tensor, bool] | None:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(module, nn.Embedding):
         return None
     return weight, type(module).__name__ == "Conv1D"
-
-
-def output_matrix(model: nn.Module, layer: int) -> Tensor:
-    """``W_O [H, heads * head_dim]`` of one layer; see :func:`writers` for Raises."""
-    return writers(model)[layer][0].weight
-
-
-def query_heads(model: Any, rendered: Sequence[Any], *, batch_size: int = 16) -> Tensor:
-    """``head_z [N, L, heads, head_dim]`` float32: the input of each layer's ``W_O`` at the last prompt token.
-
-    Raises:
-        PlanError: see :func:`writers`.
-    """
-    from ..extraction.capture import pad
-
-    found = writers(model)
-    heads = int(text_config(model).num_attention_heads)
-    decoder, _ = find_decoder(model)
-    device = next(decoder.parameters()).device
-    made = []
-    for start in range(0, len(rendered), batch_size):
-        batch = rendered[start : start + batch_size]
-        ids, mask = pad([prompt.ids for prompt in batch], device)
-        last = mask.sum(-1) - 1
-        seen: dict[int, Tensor] = {}
-
-        def keep(layer: int, state: Tensor, last: Tensor = last, seen: dict[int, Tensor] = seen) -> None:
-            seen[layer] = state[torch.arange(len(last), device=last.device), last].float().cpu()
-
-        handles = [
-            attention.module.register_forward_pre_hook(lambda _, args, i=i: keep(i, args[0]))
-            for i, (attention, _) in enumerate(found)
-        ]
-        try:
-            with torch.no_grad():
-                decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        made.append(torch.stack([seen[i] for i in range(len(found))], 1).unflatten(-1, (heads, -1)))
-    return torch.cat(made)

@@ -35,7 +35,8 @@ from steerkern.methods.steering_baselines import (
 from steerkern.methods.steering_baselines.constructions import component
 from steerkern.methods.steering_baselines.gating import similarity
 from steerkern.replies import encode
-from steerkern.runtime.branches import query_heads, writers
+from steerkern.runtime import heads
+from steerkern.runtime.branches import writers
 from tests.runtime.models import VOCABULARY, WIDTH, tiny_llama
 
 
@@ -234,8 +235,10 @@ def test_7_once_fired_it_stays_on_for_every_step_of_that_request_and_no_other(pl
 
 def test_8_iti_adds_what_its_heads_would(planted, sets):
     up, down = sets.train["harmful"][:32], sets.train["harmless"][:32]
-    plan = iti(planted, up, down, strength=3.0, heads=2)
-    z = [query_heads(planted.model, planted.render(side)) for side in (up, down)]
+    plan = iti(planted, up, down, strength=3.0, count=2)
+    rows = [[prompt.ids for prompt in planted.render(side)] for side in (up, down)]
+    read = [heads.read(planted.model, side, [len(ids) - 1 for ids in side]) for side in rows]
+    z = [torch.stack([by_layer[layer] for layer in range(4)], 1) for by_layer in read]
     with torch.no_grad():
         prompt = planted.render(up[:1])[0]
         block = planted.model.model.layers
@@ -252,8 +255,7 @@ def test_8_iti_adds_what_its_heads_would(planted, sets):
         matrix = planted.model.model.layers[layer].self_attn.o_proj.weight.detach()
         added = rows.vectors[0] * rows.norms[0] if abs(float(rows.vectors[0].norm()) - 1) < 1e-4 else rows.vectors[0]
         best = None
-        heads = range(4)
-        for chosen in [(a,) for a in heads] + [(a, b) for a in heads for b in heads if a < b]:
+        for chosen in [(a,) for a in range(4)] + [(a, b) for a in range(4) for b in range(4) if a < b]:
             expected = sum(_shift(z, layer, head, 3.0, matrix) for head in chosen)
             error = float((expected - added * rows.alpha[0]).abs().max() / expected.abs().max())
             best = (error, len(chosen)) if best is None or error < best[0] else best

@@ -17,7 +17,7 @@ from ...directions import Direction
 from ...edits import ablate, add, clamp, rotate
 from ...extraction import Rendered, capture, states
 from ...plan import Plan
-from ...runtime.branches import output_matrix, query_heads
+from ...runtime import heads
 from ...steps import Tokens
 from ...subject import Asked, Subject
 
@@ -138,7 +138,7 @@ def iti(
     negative: Sequence[Asked],
     strength: float = 15.0,
     *,
-    heads: int | None = None,
+    count: int | None = None,
     name: str = "iti",
 ) -> Plan:
     """Inference-Time Intervention (arXiv 2306.03341): the best heads are moved along their own mean difference.
@@ -149,29 +149,42 @@ def iti(
     default one in twenty is moved, as the paper's 48 of 1024.
 
     Raises:
-        PlanError: attention whose output matrix cannot be found.
+        PlanError: a family whose head site is not found.
     """
-    size = subject.batch_size
-    z = [query_heads(subject.model, subject.render(side), batch_size=size) for side in (positive, negative)]
-    (up, down), found = z, []
-    half = [len(side) // 2 for side in z]
-    for layer in range(up.shape[1]):
-        for head in range(up.shape[2]):
-            one, other = up[:, layer, head].double(), down[:, layer, head].double()
-            theta = functional.normalize(one[: half[0]].mean(0) - other[: half[1]].mean(0), dim=0)
-            a, b = one @ theta, other @ theta
-            threshold = (a[: half[0]].mean() + b[: half[1]].mean()) / 2
-            right = (a[half[0] :] > threshold).double().mean() + (b[half[1] :] <= threshold).double().mean()
-            sigma = torch.cat([a, b]).std()
-            found.append((float(right) / 2, layer, head, (strength * sigma * theta).float()))
-    best = sorted(found, key=lambda entry: (-entry[0], entry[1], entry[2]))[: heads or max(1, len(found) // 20)]
+    sites = heads.find(subject.model)
+    up, down = (_head_states(subject, side, sites) for side in (positive, negative))
+    found = []
+    for layer in sites:
+        a, b = up[layer].double(), down[layer].double()
+        for head in range(a.shape[1]):
+            found.append((*_head(a[:, head], b[:, head]), layer, head))
+    best = sorted(found, key=lambda entry: (-entry[0], *entry[2:]))[: count or max(1, len(found) // 20)]
     shifts: dict[int, Tensor] = {}
-    for _, layer, head, shift in best:
-        matrix = output_matrix(subject.model, layer)
-        width = shift.shape[0]
-        added = matrix[:, head * width : (head + 1) * width].float() @ shift
-        shifts[layer] = shifts.get(layer, torch.zeros(subject.width)) + added.cpu()
+    for _, move, layer, head in best:
+        z = torch.zeros(1, sites[layer].heads, sites[layer].size)
+        z[0, head] = strength * move
+        added = heads.contributions(sites[layer], z.to(subject.model.device, subject.model.dtype))[0, head].detach()
+        shifts[layer] = shifts.get(layer, torch.zeros(subject.width)) + added.float().cpu()
     return Plan(add(shifts), layers=sorted(shifts), site="resid_mid", scope="reply", name=name)
+
+
+def _head_states(subject: Subject, side: Sequence[Asked], sites: dict[int, heads.HeadSite]) -> dict[int, Tensor]:
+    """``head_z [N, H, dh]`` by layer, at the last prompt token."""
+    rows = [prompt.ids for prompt in subject.render(side)]
+    last = [len(ids) - 1 for ids in rows]
+    read = heads.read(subject.model, rows, last, batch_size=subject.batch_size, sites=sites)
+    return {layer: z.float().cpu() for layer, z in read.items()}
+
+
+def _head(up: Tensor, down: Tensor) -> tuple[float, Tensor]:
+    """How well a probe along ``theta`` tells the second halves of two sets ``[N, dh]``, and ``sigma theta``."""
+    ends = len(up) // 2, len(down) // 2
+    means = up[: ends[0]].mean(0), down[: ends[1]].mean(0)
+    theta = functional.normalize(means[0] - means[1], dim=0)
+    a, b = up @ theta, down @ theta
+    threshold = (a[: ends[0]].mean() + b[: ends[1]].mean()) / 2
+    right = (a[ends[0] :] > threshold).double().mean() + (b[ends[1] :] <= threshold).double().mean()
+    return float(right) / 2, (torch.cat([a, b]).std() * theta).float()
 
 
 def angular(

@@ -86,7 +86,7 @@ def _methods(
         "CAA": caa(subject, refusing, complying, max(layer - 1, 0), 1.0),
         "ActAdd": actadd(subject, _text(learn[0][0]), _text(learn[1][0]), layer),
         "RepE": repe(subject, *learn, coefficient=r.norm),
-        "ITI": iti(subject, *learn, strength=strength, heads=heads or None),
+        "ITI": iti(subject, *learn, strength=strength, count=heads or None),
     }
     made = [Method("ablation, addition", ablation(r.unit), plus)]
     made.append(Method("subtraction, addition", addition(r, layer, -1.0, name="subtraction"), plus))
