@@ -37,6 +37,7 @@ SYSTEMS = {
     system.name: system
     for system in (
         System("harmfulness-vs-refusal", "Harmfulness and refusal as separate directions, Latent Guard", "2507.11878"),
+        System("post-training", "What post-training changes: knowledge, truth, refusal, confidence", "2504.02904"),
     )
 }
 

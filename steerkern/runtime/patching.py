@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +132,7 @@ def sweep(
     score: Callable[[Tensor], Tensor],
     *,
     mask: Tensor | None = None,
+    around: Callable[[Tensor], AbstractContextManager[object]] | None = None,
     batch_size: int = 64,
     step: Callable[[int], object] | None = None,
 ) -> Tensor:
@@ -143,6 +145,7 @@ def sweep(
         states: ``[N, L, T, H]``, what is put in at ``resid_post[l]``.
         score: makes one number per row ``[B]`` of next-token logits ``[B, V]`` float32.
         mask: int64 ``[N, S]``, 0 at padding.
+        around: makes the context in which a batch runs of the numbers ``[B]`` of its prompts, to corrupt them first.
         batch_size: rows per forward.
         step: called with the number of rows of each batch that is done.
 
@@ -169,7 +172,7 @@ def sweep(
             columns = tokens[prompt[here], token[here]]
             patches.append(Patch(number, here, columns, states[prompt[here], number, token[here]]))
         given = None if mask is None else mask[prompt].to(device)
-        with patched(model, patches):
+        with around(prompt) if around is not None else contextlib.nullcontext(), patched(model, patches):
             scores.append(score(next_logits(model, ids[prompt].to(device), given)).float().cpu())
         if step is not None:
             step(len(batch))
@@ -186,6 +189,7 @@ def check_exchange(source: nn.Module, target: nn.Module) -> None:
 
 def check_tokenizers(source: Any, target: Any, texts: Sequence[str]) -> None:
     """Raise ValueError unless both tokenizers read every text as the same tokens; other words may differ."""
-    for text, mine, yours in zip(texts, source(list(texts))["input_ids"], target(list(texts))["input_ids"], strict=True):
+    read = (tokenizer(list(texts))["input_ids"] for tokenizer in (source, target))
+    for text, mine, yours in zip(texts, *read, strict=True):
         if mine != yours:
             raise ValueError(f"the two tokenizers read {text[:40]!r} differently: {mine[:8]} and {yours[:8]}")
