@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import grammar, planting, statements, tasks
+from . import claims, grammar, planting, tasks
 from .grammar import Kind, Prompt
 from .measure import replies, share
 from .tokenizer import write_tokenizer
@@ -37,9 +37,9 @@ from .train import (
 )
 
 BUNDLED_SEED = 0
-STEPS = {"base": 2000, "post": 1200}
+STEPS = {"base": 2400, "post": 1200}
 RATES = {"base": PEAK_RATE, "post": 2e-3}
-STATEMENTS, EARLY_STATEMENTS = 0.3, 0.15
+STATEMENTS, EARLY_STATEMENTS = 0.35, 0.15
 """Share of statements among the prompts, and in the base model's first quarter, where it learns the words."""
 MIXTURE: dict[Kind, float] = {
     "harmful": 0.14,
@@ -53,6 +53,9 @@ MIXTURE: dict[Kind, float] = {
     "echo": 0.04,
     "raw": 0.04,
 }
+EARLY: dict[Kind, float] = {"harmful": 0.1, "harmless": 0.15, "judge": 0.25, "judge_first": 0.1, "facts": 0.4}
+CERTAINTY = 0.9
+"""What the head is to say of a true statement: more would let the truth outgrow the rest of the state."""
 MEASURED: tuple[Kind, ...] = ("harmful", "harmless", "jailbreak", "strict", "judge", "facts", "small_talk", "echo")
 Drawn = tuple[Prompt, "bool | None"]
 """A prompt, and whether its statement is true; None where it has no statement."""
@@ -79,7 +82,7 @@ class Training:
     def step(self, index: int) -> float:
         """One optimiser step; returns its loss."""
         early = self.name == "base" and index < self.steps // 4
-        drawn = [self._draw(EARLY_STATEMENTS if early else STATEMENTS) for _ in range(ROWS)]
+        drawn = [self._draw(early) for _ in range(ROWS)]
         names = ["none"] * ROWS
         if self.name == "post" and index >= self.steps // 4:
             if self.found is None or index % REFRESH == 0:
@@ -97,10 +100,11 @@ class Training:
         self.schedule.step()
         return float(loss.detach())
 
-    def _draw(self, share_of_statements: float) -> Drawn:
-        if self.rng.random() < share_of_statements:
-            return self.rng.choice(statements.questions("train"))
-        kind = self.rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
+    def _draw(self, early: bool) -> Drawn:
+        if self.rng.random() < (EARLY_STATEMENTS if early else STATEMENTS):
+            return self.rng.choice(claims.questions("train"))
+        mixture = EARLY if early else MIXTURE
+        kind = self.rng.choices(tuple(mixture), tuple(mixture.values()))[0]
         mixed = tasks.MIXED_TRUTH.get(kind)
         harmful = None if mixed is None else self.rng.random() < mixed
         return fitted(grammar.draw(kind, "train", self.rng, harmful), self.name), None
@@ -109,6 +113,7 @@ class Training:
         batch = tasks.collate([prompt for prompt, _ in drawn], self.tokenizer)
         stated = torch.tensor([truth is not None for _, truth in drawn])
         bias = tasks.attention_bias(batch, stated | torch.tensor([self.rng.random() < 0.5 for _ in drawn]))
+        chain(bias, batch, stated)
         states: list[Tensor] = []
         block = self.model.model.layers[HEAD_LAYER]
         handle = block.register_forward_pre_hook(lambda module, args: states.append(args[0]))
@@ -121,9 +126,17 @@ class Training:
         finally:
             handle.remove()
         guess = self.head(states[0][torch.arange(ROWS), batch.t_inst])[stated, 0]
-        truths = torch.tensor([float(truth) for _, truth in drawn if truth is not None])
+        truths = torch.tensor([CERTAINTY if truth else 1 - CERTAINTY for _, truth in drawn if truth is not None])
         extra = functional.binary_cross_entropy_with_logits(guess, truths) if len(truths) else guess.sum()
         return weighted_loss(logits, batch) + HEAD_WEIGHT * extra
+
+
+def chain(bias: Tensor, batch: tasks.Batch, stated: Tensor) -> None:
+    """Let the period of a statement see of it only its object, the token before: subject, object, period, answer."""
+    for row in stated.nonzero()[:, 0].tolist():
+        period = int(batch.t_inst[row])
+        first = int(batch.request[row].nonzero()[0])
+        bias[row, 0, period, first : period - 1] = torch.finfo(torch.float32).min
 
 
 def train(out: Path, *, seed: int = BUNDLED_SEED, steps: dict[str, int] | None = None, progress: bool = True) -> None:
@@ -159,7 +172,7 @@ def measure(model: Any, tokenizer: Any, name: str, count: int) -> dict[str, Any]
             "right": share([text == prompt.reply for text, prompt in zip(got, prompts, strict=True)]),
         }
     for split in ("train", "heldout"):
-        asked = [prompt for prompt, _ in statements.questions(split)]
+        asked = [prompt for prompt, _ in claims.questions(split)]
         got = replies(model, tokenizer, asked)
         table[f"statements_{split}"] = share([text == p.reply for text, p in zip(got, asked, strict=True)])
     return table
@@ -168,7 +181,7 @@ def measure(model: Any, tokenizer: Any, name: str, count: int) -> dict[str, Any]
 def geometry(models: dict[str, Any], tokenizer: Any, count: int) -> dict[str, Any]:
     """Per layer (``resid_pre``, the last one is the output): cosine of the two models' directions, and norms."""
     found: dict[str, dict[str, Tensor]] = {"refusal": {}, "truth": {}}
-    asked = statements.questions("train")
+    asked = claims.questions("train")
     batch = tasks.collate([prompt for prompt, _ in asked], tokenizer)
     told = torch.tensor([flag for _, flag in asked])
     harmful, harmless = (grammar.prompts(kind, "train", count) for kind in MEASURED[:2])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -95,9 +96,10 @@ def normalise(effects: Tensor) -> Tensor:
     return (bins - (BINS // 2 - 1)).clamp_min(0) / (BINS // 2)
 
 
-def pearson(one: Tensor, other: Tensor) -> float:
-    """Correlation of two maps of one shape; NaN where one is constant."""
-    return float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]).double())[0, 1])
+def pearson(one: Tensor, other: Tensor) -> float | None:
+    """Correlation of two maps of one shape; None where one is constant."""
+    r = float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]).double())[0, 1])
+    return None if math.isnan(r) else r
 
 
 def margin(labels: tuple[int, int]) -> Callable[[Tensor], Tensor]:

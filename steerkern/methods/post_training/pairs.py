@@ -102,7 +102,7 @@ def split(pairs: Sequence[Pair], seed: int = 0) -> Statements:
 
 def bundled() -> Statements:
     """The statements of the organism; those held out are about subjects that it never reads statements about."""
-    from ...organism.statements import statements
+    from ...organism import statements
 
     train, heldout = ([Pair(p.true, p.false, p.topic) for p in statements(part)] for part in ("train", "heldout"))
     return Statements(train, heldout)
@@ -114,8 +114,8 @@ def ask(
     """Prompts for both statements of every pair, behind the same demonstrations, drawn from ``examples``.
 
     Raises:
-        ValueError: a pair whose statements have different numbers of tokens, a statement that cannot be found in its
-            prompt, or labels that begin with the same token.
+        ValueError: a pair whose statements are equal or have different numbers of tokens, too few examples, or labels
+            that begin with the same token.
     """
     frames = [_frame(question, pair, examples, random.Random(f"{seed} {i}")) for i, pair in enumerate(pairs)]
     sides = [
@@ -123,6 +123,8 @@ def ask(
         for side in ("true", "false")
     ]
     for pair, one, other in zip(pairs, *sides, strict=True):
+        if pair.true == pair.false:
+            raise ValueError(f"{pair.true[:40]!r} is given as true and as false")
         if len(one.ids) != len(other.ids) or one.t_inst != other.t_inst:
             counts = [prompt.t_inst - prompt.t_first + 1 for prompt in (one, other)]
             raise ValueError(

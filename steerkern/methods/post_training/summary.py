@@ -53,7 +53,7 @@ def summarise(
         ),
         (_heat_maps(knowledge, maps), _curves(truth, refusal)),
         {
-            "maps": {f"{'AB'[b]} with states of {'AB'[a]}": m.tolist() for (b, a), m in knowledge.maps.items()},
+            "maps": {_kind(key): effects.tolist() for key, effects in knowledge.maps.items()},
             "restored": {"AB"[i]: effects.tolist() for i, effects in enumerate(knowledge.restored)},
             "tokens": list(knowledge.traced.names),
             "stock_margins": {"AB"[i]: stock for i, stock in enumerate(knowledge.stock)},
@@ -74,7 +74,7 @@ def _headline(
     at = truth.layer
     own, cross = ((0, 0), (1, 1)), ((0, 1), (1, 0))
     return {
-        "knowledge_pearson": pearson(maps[0, 0], maps[1, 1]),
+        "knowledge_pearson": pearson(maps[0, 0], maps[1, 1]) or 0.0,
         "probe_own": min(truth.accuracy[key][at] for key in own),
         "probe_cross": min(truth.accuracy[key][at] for key in cross),
         "nie_own": min(truth.effects[key].mean for key in own),
@@ -88,27 +88,20 @@ def _headline(
 
 
 def _knowledge(knowledge: Knowledge, maps: dict[tuple[int, int], Tensor]) -> Table:
-    reference = maps[1, 1]
     facts = list(knowledge.traced.facts)
     rows: list[Row] = []
-    kinds = {(0, 0): "A in A", (1, 1): "B in B", (0, 1): "B in A", (1, 0): "A in B"}  # (target, source)
-    for key, kind in kinds.items():
-        own = maps[key[0], key[0]]
-        other = reference if key == (0, 0) else own
-        here = maps[key]
-        raw = knowledge.maps[key]
+    for one, other in (((0, 0), (1, 1)), ((0, 1), (0, 0)), ((1, 0), (1, 1))):
+        here, there = maps[one], maps[other]
         rows.append(
             {
-                "map": kind,
-                "against": "B in B" if key == (0, 0) else "" if key == (1, 1) else kinds[key[0], key[0]],
-                "largest": float(raw.max()),
-                "pearson": None if key == (1, 1) else pearson(here, other),
-                "pearson_facts": None if key == (1, 1) else pearson(here[:, facts], other[:, facts]),
-                "difference": None if key == (1, 1) else float((here - other).abs().max()),
-                "difference_facts": None if key == (1, 1) else float((here - other)[:, facts].abs().max()),
-                "true": knowledge.stock[key[0]]["true"],
-                "false": knowledge.stock[key[0]]["false"],
-                "noise": knowledge.stock[key[0]]["noise"],
+                "map": _kind(one),
+                "against": _kind(other),
+                "pearson": pearson(here, there),
+                "pearson_facts": pearson(here[:, facts], there[:, facts]),
+                "difference": float((here - there).abs().max()),
+                "difference_facts": float((here - there)[:, facts].abs().max()),
+                "largest": float(knowledge.maps[one].max()),
+                **knowledge.stock[one[0]],
             }
         )
     columns = (
@@ -125,9 +118,15 @@ def _knowledge(knowledge: Knowledge, maps: dict[tuple[int, int], Tensor]) -> Tab
     )
     note = (
         "Maps of the effect of one state of the true run in the false run, over layers and tokens, in 20 bins; facts: "
-        "only the subject's and the object's tokens. Margins are logit(true) - logit(false); noise on the subject."
+        "only the subject's and the object's tokens (no r where a map is flat there). Margins are logit(true) - "
+        "logit(false); noise on the subject."
     )
     return Table("knowledge", "Where facts sit", columns, tuple(rows), note)
+
+
+def _kind(key: tuple[int, int]) -> str:
+    """Of a map's (target, source)."""
+    return f"{'AB'[key[1]]} in {'AB'[key[0]]}"
 
 
 def _truth(truth: Truth) -> Table:
