@@ -367,11 +367,11 @@ def test_statements_come_from_files(tmp_path, told):
     assert read_pairs(table) == [Pair("A b c.", "A d c.")]
 
 
-def test_a_run_from_files(tmp_path, base, post, told):
-    """As for a checkpoint: prompts and statements from files, and words of one's own for the question."""
+def test_a_run_on_checkpoints(tmp_path, told):
+    """Two folders, prompts and statements from files, and words of one's own for the question."""
     path = write(tmp_path, [*told.train, *told.heldout])
-    arguments = ["run", "post-training", "--model", "organism:base", "--other", "organism:post"]
-    arguments += ["--out", tmp_path / "out"]
+    arguments = ["run", "post-training", "--model", organism.path("base"), "--other", organism.path("post")]
+    arguments += ["--out", tmp_path / "out", "--pairs", "3"]
     for side in ("harmful", "harmless"):
         lines = [p.text for p in organism.prompts(side, "train", 24) if "\n" not in p.text]
         (tmp_path / f"{side}.txt").write_text("\n".join(lines))
