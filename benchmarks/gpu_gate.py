@@ -160,6 +160,7 @@ def decode(gate: Gate, device: Any, name: str, batches: tuple[int, ...]) -> None
     gate.stage(f"decode {name}: logits", load, needs=40)
     if model is None:
         return
+    gate.stage(f"decode {name}: replays", lambda: parts.replayed(device, model), needs=20)
     for rows in batches:
         at = f"decode {name} batch {rows}"
         gate.stage(f"{at}: graph", lambda r=rows: parts.captured(device, model, r), needs=20)

@@ -61,6 +61,47 @@ def sessions() -> str:
     return table(["what", "median", "goal"], body)
 
 
+def batching() -> str:
+    """Continuous batching, steered, against the stock model."""
+    _, rows = results("batching")
+    names = ["stock again", "one plan", "half plain", "a plan each"]
+    body = []
+    for name, row in rows.items():
+        ratios = row["speedup_over_stock_quartiles"]
+        cells = [f"{ratios[n][1]:.2f} ({ratios[n][0]:.2f} to {ratios[n][2]:.2f})" for n in names]
+        body.append([name.removeprefix("test_generate_batch[").removesuffix("]"), *cells, f"{row['goal']:.2f}"])
+    return table(["model", *names, "goal"], body)
+
+
+def swap() -> str:
+    """The row map of a decode step, and what a controller adds."""
+    _, rows = results("swap")
+    body = []
+    for name, row in rows.items():
+        if name.startswith("test_row_map"):
+            rows_, plans = name.partition("[")[2].removesuffix("]").split("-")
+            what = f"row map of a decode step, {rows_} rows, {plans} plans"
+            body.append([what, f"{1e3 * row['median_ms']:.1f} us", f"{row['goal_us']:.0f} us"])
+        else:
+            low, middle, high = row["speedup_over_plain_quartiles"]["guided"]
+            shape = name.partition("[")[2].removesuffix("]")
+            what = f"decoding under a controller over the same plan without one, {shape}"
+            body.append([what, f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{row['goal']:.2f}"])
+    return table(["what", "median", "goal"], body)
+
+
+def isolation() -> str:
+    """Tenants, threads, rows, leaks."""
+    found = json.loads((RESULTS / "isolation.json").read_text(encoding="utf-8"))
+    body = [
+        [name, *(f"{count[key]:,}" for key in ("rows", "steered", "swaps", "failed", "given_up", "leaked"))]
+        for name, count in found["levels"].items()
+    ]
+    head = ["level", "rows", "steered", "plans swapped", "failed", "given up", "rows leaked"]
+    title = f"{found['tenants']} tenants with an axis each, {found['threads']} threads, one session"
+    return f"**Isolation**: {title} (`python -m benchmarks.isolation`):\n\n{table(head, body)}"
+
+
 def table(head: list[str], body: list[list[str]]) -> str:
     """A Markdown table."""
     rows = [head, ["---"] * len(head), *body]
@@ -86,6 +127,16 @@ The gain is the fusion of the norms; steering itself costs what lies between the
 **Sessions** (`pytest benchmarks/test_attach.py`):
 
 {sessions()}
+
+**Continuous batching**: `generate_batch` of 16 requests against the stock model (`pytest benchmarks/test_batching.py`):
+
+{batching()}
+
+**Who is steered by what** (`pytest benchmarks/test_swap.py`):
+
+{swap()}
+
+{isolation()}
 
 <details><summary><b>The fused op</b> against an eager hook and norm, our own unsteered kernel, and a copy of as many
 bytes (<code>pytest benchmarks/test_ops.py</code>); losses are listed like wins</summary>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -116,7 +117,7 @@ class Plan:
         """The model that the directions were read from, where it is known."""
         return next((e.model for step in self.steps for e in step.edits if e.model is not None), None)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of what the plan does, whatever its name."""
         steps, tensors = self._record()

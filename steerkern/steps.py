@@ -145,6 +145,11 @@ class Step:
         """What has to be decided before the step can act."""
         return tuple(decision for decision in (self.latch, self.controller) if decision is not None)
 
+    @property
+    def each_token(self) -> bool:
+        """Whether its controller is asked in every forward, and not once about the prompt."""
+        return self.controller is not None and self.controller.every_token
+
 
 def parse_layers(layers: Layers) -> tuple[int, ...] | None:
     """Sorted layer numbers, or None for every layer.

@@ -14,8 +14,8 @@ from steerkern import organism
 from steerkern.cli import app
 from steerkern.cli.doctor import EXTRAS
 
-COMMANDS = ("demo", "extract", "generate", "train-controller", "compare", "inspect", "doctor")
-GROUPS = ("run",)
+COMMANDS = ("demo", "extract", "generate", "chat", "train-controller", "compare", "inspect", "doctor")
+OTHERS = ("serve", "run")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,8 +25,8 @@ def threads():
     torch.set_num_threads(before)
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)))
+def run(*arguments, typed=None):
+    return CliRunner().invoke(app, list(map(str, arguments)), input=typed)
 
 
 def document(*arguments):
@@ -79,7 +79,7 @@ def test_an_unknown_command_lists_the_commands():
     result = run("steer", "model")
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr == f"no command 'steer'; there are {', '.join((*COMMANDS, *GROUPS))}\n"
+    assert result.stderr == f"no command 'steer'; there are {', '.join((*COMMANDS, *OTHERS))}\n"
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
@@ -184,6 +184,65 @@ def test_generate_with_plan_folders(folders, tmp_path):
     made = document("generate", "--plan", folders / "plan", "--plan", tmp_path / "second", "--prompt", "hello")
     assert sorted(made["receipt"]) == ["open", "second"]
     refused("two plans are named 'open'", "generate", "--plan", folders / "plan", "--plan", folders / "plan")
+
+
+def test_generate_rows_steer_each_prompt_differently(folders, tmp_path):
+    directions = sk.Directions.from_pretrained(folders / "refusal")
+    sk.Plan(sk.add(directions[2]), layers=2, name="shut").save_pretrained(tmp_path / "shut")
+    sk.Plan(sk.ablate(directions[2]), name="open").save_pretrained(tmp_path / "open")
+    texts = ["hello. find the tent", "hello. pilfer the tent"]
+    options = ["generate", "--plan", tmp_path / "shut", "--plan", tmp_path / "open"]
+    for text in (*texts, *texts):
+        options += ["--prompt", text]
+    made = document(*options, "--rows", "shut,open, -,-", "--baseline")
+    shown = made["replies"]
+    assert [one["plans"] for one in shown] == [["shut"], ["open"], [], []]
+    assert shown[0]["steered"].startswith("I cannot")
+    assert shown[1]["steered"].startswith("Sure")
+    assert [one["steered"] for one in shown[2:]] == [one["stock"] for one in shown[2:]]
+    assert "[shut + open]" in run(*options[:5], "--prompt", texts[0], "--rows", "shut+open").stdout
+    refused("--rows names 3 rows for 4 prompts", *options, "--rows", "shut,-,-")
+    refused("--rows: no plan 'wide'; given are 'shut', 'open'", *options, "--rows", "shut,-,-,wide")
+
+
+# chat
+
+
+def test_chat_changes_strength_and_plans_on_the_way(folders, tmp_path):
+    directions = sk.Directions.from_pretrained(folders / "refusal")
+    sk.Plan(sk.add(directions[2]), layers=2, name="shut").save_pretrained(tmp_path / "shut")
+    ask = "hello. find the tent"
+    typed = [
+        ask, "/add " + str(tmp_path / "shut"), ask, "/reset", ask, "/scale shut 0", "/reset", ask, "/scale 1", "/reset",
+        ask, "/remove shut", "/plans", "/nothing", "/scale x 2", "/scale shut many", "/help", "/system be brief", ask,
+        "/quit", "never",
+    ]  # fmt: skip
+    result = run("chat", "--json", "--max-new-tokens", 16, typed="\n".join(typed))
+    assert result.exit_code == 0, result.stderr
+    turns = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [turn["prompt"] for turn in turns] == [ask] * 6
+    assert [turn["plans"] for turn in turns] == [{}, {"shut": 1.0}, {"shut": 1.0}, {"shut": 0.0}, {"shut": 1.0}, {}]
+    refuses = [turn["reply"].startswith("I cannot") for turn in turns]
+    assert refuses[0] is refuses[3] is refuses[5] is False
+    assert refuses[2] is refuses[4] is True
+    assert all(turn["tokens"] > 0 and turn["tokens_per_second"] > 0 and not turn["cut"] for turn in turns)
+    for part in ("no command /nothing", "no plan 'x'", "'many' is no number", "/scale NAME 0.5", "removed shut"):
+        assert part in " ".join(result.stderr.split())
+
+
+def test_chat_shows_the_reply_and_ends_with_the_input():
+    result = run("chat", typed="hello\n\n")
+    assert result.exit_code == 0, result.stderr
+    assert "tokens/s" in result.stdout
+    assert "no plan: the model is as it is" in result.stdout
+
+
+def test_chat_goes_on_after_a_prompt_that_is_too_long():
+    result = run("chat", "--json", typed=f"{'tent ' * 400}\nhello\n")
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    assert "the model has 256 positions" in " ".join(result.stderr.split())
+    refused("no folder 'no/such/folder/at all'", "chat", "--plan", "no/such/folder/at all")
 
 
 def test_generate_without_a_plan_is_the_stock_model():

@@ -50,10 +50,18 @@ def test_every_side_is_timed_against_the_unsteered_kernel(results: dict[str, Any
         assert set(op["of_copy"]) == {"unsteered", "K=1", "K=16"}
 
 
+def test_a_step_that_is_replayed_follows_the_strength(results: dict[str, Any]) -> None:
+    found = results["stages"]["decode tiny: replays"]["result"]
+    assert set(found["reference"]) == {"1.0", "-1.0", "0.5"}
+    assert max(found["reference"].values()) < 0.1
+
+
 def test_every_way_of_decoding_is_there(results: dict[str, Any]) -> None:
     stages = {name: stage["result"] for name, stage in results["stages"].items() if "decode tiny batch" in name}
     assert {name.split(": ")[1] for name in stages} == {"eager", "graph", "compiled"}
-    for result in stages.values():
+    for name, result in stages.items():
         assert result.get("failed", {}) == {}
+        if name.endswith("compiled"):
+            assert set(result["counted"]) == set(result["tokens_per_second"])
         names = set(result["tokens_per_second"])
         assert names >= {"stock", "stock again", "hooks", "reference, unsteered", "reference, steered"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import steerkern as sk
@@ -27,6 +28,7 @@ MODELS = {
            "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 PROMPT = 32
+COUNTERS = ("cudagraph_skips", "cudagraph_partitions", "possibly_missed_reinplacing_opportunities")
 
 
 def model_of(name: str, device: Device) -> LlamaForCausalLM:
@@ -190,28 +192,67 @@ def captured(device: Device, model: LlamaForCausalLM, rows: int) -> dict[str, An
     return {**summary(seconds, rows), "logits": distances(logits), "failed": failed}
 
 
+def replayed(device: Device, model: LlamaForCausalLM) -> dict[str, Any]:
+    """One captured decode step, replayed after the strength changed: distance to an eager step at that strength.
+
+    The distance is in parts of that between the strengths, so a graph that keeps its old tables is at about 1.
+    """
+    found: dict[str, Any] = {}
+    plan = sk.Plan(sk.add(unit_of(model), 8.0), name="gate")
+    for backend in device.backends:
+        if dispatch.backends()[backend]:
+            continue
+        with sk.steer(model, plan, backend=backend) as attached:
+            steps = Steps(device, model, 2)
+            start = steps.position.clone()
+            replay = device.graph(steps.step)
+            written = steps.logits  # by every replay
+            logits = {}
+            for scale in (1.0, -1.0, 0.5):
+                attached.set("gate", scale=scale)
+                steps.position.copy_(start)
+                replay()
+                logits[scale, "graph"] = (steps.logits if device.dry else written).float().clone()
+                steps.position.copy_(start)
+                steps.step()
+                logits[scale, "eager"] = steps.logits.float().clone()
+        apart = (logits[1.0, "eager"] - logits[-1.0, "eager"]).norm()
+        found[backend] = {
+            scale: round(float((logits[scale, "graph"] - logits[scale, "eager"]).norm() / apart), 5)
+            for scale in (1.0, -1.0, 0.5)
+        }
+        assert max(found[backend].values()) < 0.1, f"{backend}: {found[backend]}"
+    return found
+
+
 def compiled(device: Device, model: LlamaForCausalLM, rows: int, left: Callable[[], float]) -> dict[str, Any]:
-    """Decode steps under torch.compile with a static cache, one way after the other, each against stock before it."""
+    """Decode steps under torch.compile with a static cache, one way after the other, each against stock before it.
+
+    A graph break fails the way; ``counted`` says how often inductor gave up a CUDA graph, or copied what an op writes.
+    """
     count = 2 if device.dry else 40
     seconds: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
-    options: dict[str, Any] = {"backend": "eager"} if device.dry else {"mode": "reduce-overhead"}
+    counted: dict[str, dict[str, int]] = {}
+    options: dict[str, Any] = {"backend": "aot_eager"} if device.dry else {"mode": "reduce-overhead"}
     for name, setting in settings(device, model, rows).items():
         if left() < 45:
             failed[name] = "no time left"
             continue
         try:
             torch._dynamo.reset()
+            counters.clear()
             with setting():
                 steps = Steps(device, model, rows)
-                forward = torch.compile(model.forward, **options)
+                forward = torch.compile(model.forward, fullgraph=name != "hooks", **options)
                 for _ in range(2 if device.dry else 5):
                     steps.step(forward)
                 device.synchronize()
                 seconds[name] = [device.timed(lambda steps=steps, f=forward: steps.step(f)) for _ in range(count)]
+                counted[name] = {counter: counters["inductor"][counter] for counter in COUNTERS}
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"[:400]
     torch._dynamo.reset()
     if "stock" not in seconds:
         return {"failed": failed}
-    return {**summary(seconds, rows), "failed": failed}
+    return {**summary(seconds, rows), "counted": counted, "failed": failed}

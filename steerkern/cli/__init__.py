@@ -1,4 +1,4 @@
-"""The command line: ``steerkern demo | extract | generate | train-controller | run | compare | inspect | doctor``.
+"""The command line: ``steerkern demo | extract | generate | chat | train-controller | run | compare | ...``.
 
 Every command takes ``--json`` and then writes one JSON document to stdout and nothing else; progress and warnings go to
 stderr. What a user got wrong is one sentence on stderr and exit code 2 (``STEERKERN_TRACEBACK=1`` shows the traceback).
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .chat import chat
 from .compare import compare
 from .demo import demo
 from .doctor import doctor
@@ -19,6 +20,7 @@ from .generate import generate
 from .inspect import inspect
 from .outcome import command
 from .run import systems
+from .serve import serve
 from .train_controller import train_controller
 
 __all__ = ["app", "main"]
@@ -42,8 +44,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for run in (demo, extract, generate, train_controller, compare, inspect, doctor):
+for run in (demo, extract, generate, chat, train_controller, compare, inspect, doctor):
     app.command()(command(run))
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(command(serve))
 app.add_typer(systems, name="run")
 
 

@@ -37,6 +37,13 @@ def generate(
             help="Tokens for --ablate and --add: all, prompt, decode, or positions as -1,-2.", show_default=False
         ),
     ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="Plans of each prompt: 'A,B,A+B,-'; - is none. By default each prompt has every plan.",
+            show_default=False,
+        ),
+    ] = None,
     model: Model = None,
     system: Annotated[str | None, typer.Option(help="A system prompt before each prompt.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Replies end there at the latest.")] = 64,
@@ -50,8 +57,11 @@ def generate(
     """Print greedy replies and the session's receipt; without any plan, the stock model's replies."""
     plans = _plans(plan or [], ablate, add, layer, scale, scope)
     asked: list[Any] = list(prompt or []) + _read(prompts) or _bundled(model)
+    assigned = None if rows is None else parse_rows(rows, [p.name for p in plans], len(asked))
     loaded = load(model, dtype, device, threads)
-    stock, steered, receipt, backend = _ask(loaded, asked, plans, system, max_new_tokens, batch_size, baseline)
+    stock, steered, receipt, backend = _ask(
+        loaded, asked, plans, assigned, system, max_new_tokens, batch_size, baseline
+    )
     shown = [ask if isinstance(ask, str) else ask[-1]["content"] for ask in asked]
     document: dict[str, Any] = {
         "command": "generate",
@@ -61,6 +71,7 @@ def generate(
         "replies": [
             {
                 "prompt": text,
+                **({} if assigned is None else {"plans": assigned[i]}),
                 **({} if stock is None else {"stock": stock[i]}),
                 **({} if steered is None else {"steered": steered[i]}),
             }
@@ -71,7 +82,8 @@ def generate(
 
     def show(console: Console) -> None:
         for one in document["replies"]:
-            console.print(f"> {one['prompt']}", style="bold", markup=False, highlight=False)
+            under = f" [{' + '.join(one['plans']) or 'no plan'}]" if "plans" in one else ""
+            console.print(f"> {one['prompt']}{under}", style="bold", markup=False, highlight=False)
             for who in ("stock", "steered"):
                 if who in one:
                     console.print(f"  {who}: {one[who].strip()}", markup=False, highlight=False)
@@ -83,6 +95,24 @@ def generate(
         )
 
     return Outcome(document, show)
+
+
+def parse_rows(text: str, names: list[str], prompts: int) -> list[list[str]]:
+    """The plans of each prompt.
+
+    Raises:
+        ValueError: another number of rows than prompts, or a plan that was not given.
+
+    >>> parse_rows("calm,-,calm+open", ["calm", "open"], 3)
+    [['calm'], [], ['calm', 'open']]
+    """
+    rows = [[] if row.strip() == "-" else [name.strip() for name in row.split("+")] for row in text.split(",")]
+    if len(rows) != prompts:
+        raise ValueError(f"--rows names {len(rows)} rows for {prompts} prompts")
+    for name in (name for row in rows for name in row):
+        if name not in names:
+            raise ValueError(f"--rows: no plan {name!r}; given are {', '.join(map(repr, names)) or 'none'}")
+    return rows
 
 
 def _plans(
@@ -143,6 +173,7 @@ def _ask(
     loaded: Loaded,
     asked: list[Prompt],
     plans: list[Plan],
+    rows: list[list[str]] | None,
     system: str | None,
     max_new_tokens: int,
     batch_size: int,
@@ -151,12 +182,12 @@ def _ask(
     """Replies of the stock model, replies under the plans, the receipt and the backend; None where not asked for."""
     from ..extraction import render
     from ..replies import replies
-    from ..runtime.session import steer
+    from ..runtime.session import Session, steer
 
     template = "chat" if loaded.tokenizer.chat_template else "plain"
     rendered = render(loaded.tokenizer, asked, system=system, template=template)
 
-    def reply(label: str) -> list[str]:
+    def reply(label: str, session: Session | None = None) -> list[str]:
         with progress(label, len(rendered)) as step:
             return replies(
                 loaded.model,
@@ -164,12 +195,15 @@ def _ask(
                 rendered,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
+                session=session,
+                rows=None if session is None else rows,
                 step=step,
             )
 
     if not plans:
         return reply("stock model"), None, None, None
-    with steer(loaded.model, plans) as session:
-        steered = reply("steered")
+    # with rows, a plan that no prompt has is no mistake
+    with steer(loaded.model, plans, silent="error" if rows is None else "warn") as session:
+        steered = reply("steered", session)
         receipt = session.receipt()
     return reply("stock model") if baseline else None, steered, receipt, session.backend

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found: ``document`` for ``--json``, and what it prints otherwise."""
+    """What a command found: ``document`` for ``--json``, and what it prints otherwise.
 
-    document: dict[str, Any]
+    Without a document, ``show`` is all there is, and writes JSON itself where that is wanted.
+    """
+
+    document: dict[str, Any] | None
     show: Callable[[Console], None]
 
 
@@ -45,7 +48,7 @@ def command(run: Callable[..., Outcome]) -> Callable[..., None]:
             if as_json:
                 typer.echo(json.dumps({"error": sentence}))
             raise typer.Exit(2) from None
-        if as_json:
+        if as_json and outcome.document is not None:
             typer.echo(json.dumps(outcome.document, indent=1, allow_nan=False))
         else:
             from rich.console import Console

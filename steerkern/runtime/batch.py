@@ -71,6 +71,8 @@ class Batch:
         self._timings: list[Timing] = []
         self._groups: Ints = np.zeros(0, np.int64)  # row -> which list of plans it has
         self._steps: list[list[tuple[str, int, Step, int]]] = []  # per list of plans: plan, number, step, timing
+        self._distinct: list[Step] = []
+        self._each_token = False
         self._known: dict[bytes, Slots] = {}
         self.next_index = 0
         """Cache index of the token after the last forward's."""
@@ -89,7 +91,13 @@ class Batch:
     def steps(self) -> list[Step]:
         """The steps of every plan that some prompt has."""
         self._refresh()
-        return list({id(step): step for group in self._steps for _, _, step, _ in group}.values())
+        return self._distinct
+
+    @property
+    def each_token(self) -> bool:
+        """Whether a controller is asked in every forward."""
+        self._refresh()
+        return self._each_token
 
     def has(self, step: Step) -> Bools:
         """Which prompts ``[B]`` have a step among those of their plans."""
@@ -157,6 +165,8 @@ class Batch:
                 for i, step in enumerate(self.program.get(name).plan.steps):
                     group.append((name, i, step, timings.setdefault((step.tokens, step.decisions), len(timings))))
             self._steps.append(group)
+        self._distinct = list({id(step): step for group in self._steps for _, _, step, _ in group}.values())
+        self._each_token = any(step.each_token for step in self._distinct)
         self._timings = list(timings)
         self.steady = all(tokens.steady for tokens, _ in self._timings)
         markers = {marker for tokens, _ in self._timings for marker in tokens.markers}

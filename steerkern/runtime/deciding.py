@@ -105,9 +105,9 @@ class Deciding:
                 steps = [step for step in batch.steps() if step.decisions]
                 if not steps:
                     batch.decided = True
-                elif any(step.tokens.writes_prompt and not _each_token(step) for step in steps):
+                elif any(step.tokens.writes_prompt and not step.each_token for step in steps):
                     self._run_ahead(part, steps, inputs, len(parts))
-            if not batch.decided or any(map(_each_token, batch.steps())):
+            if not batch.decided or batch.each_token:
                 self._watch(part, offset)
             offset += part.rows * part.tokens
 
@@ -126,7 +126,7 @@ class Deciding:
     def drop(self, batch: Batch) -> None:
         """Forget a batch that ended."""
         self._readings.pop(batch.number, None)
-        if any(step.controller is not None for step in batch.steps()):
+        if batch.gains is not None:
             self.program.release(batch.owners)
 
     # what is watched
@@ -134,12 +134,12 @@ class Deciding:
     def _watch(self, part: Part, offset: int) -> None:
         """Let the points that this part's decisions read take down what arrives in the coming forward."""
         batch, now = part.batch, Reading(part.batch)
-        once = [d for s in batch.steps() for d in s.decisions if not _each_token(s)] if not batch.decided else []
+        once = [d for s in batch.steps() for d in s.decisions if not s.each_token] if not batch.decided else []
         kept = self._readings.setdefault(batch.number, Reading(batch)) if once else now
         wanted = {read: kept for decision in once for read in decision.reads}
         for read, reading in wanted.items():
             self._look(read, *self._rows(part, read, offset), reading, None)
-        always = [step for step in batch.steps() if _each_token(step)]
+        always = [step for step in batch.steps() if step.each_token]
         if always:
             self._set_gains(batch, {step: torch.zeros(len(batch.prompts), 1) for step in always})
         for step in always:
@@ -274,9 +274,6 @@ class Deciding:
                     handle.remove()
         self._decide(batch, reading)
 
-
-def _each_token(step: Step) -> bool:
-    return step.controller is not None and step.controller.every_token
 
 
 def _spans(prompts: Any) -> list[tuple[int, int]]:

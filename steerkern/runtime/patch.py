@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 
-METHODS = ("generate", "prepare_inputs_for_generation")
+METHODS = ("generate", "prepare_inputs_for_generation", "init_continuous_batching")
 """Methods of a module that a handler can stand around."""
 
 
@@ -38,7 +38,7 @@ class CallHandler(Protocol):
         """See, and where needed replace, the arguments (``kwargs`` may be changed)."""
 
     def after(self, output: Any) -> None:
-        """See the output; None if the call raised."""
+        """See what came out; None if the call raised."""
 
 
 def attach(module: nn.Module, kind: str, handler: Any) -> None:
@@ -150,14 +150,15 @@ def _method_of(base: type, name: str) -> Any:
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         handlers: list[CallHandler] = getattr(self, _slot(name))
-        entered = 0
+        entered, made = 0, None
         try:
             for handler in handlers:
                 handler.before(self, args, kwargs)
                 entered += 1
-            return stock(self, *args, **kwargs)
+            made = stock(self, *args, **kwargs)
+            return made
         finally:
             for handler in handlers[:entered]:
-                handler.after(None)
+                handler.after(made)
 
     return method

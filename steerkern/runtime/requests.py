@@ -43,20 +43,22 @@ class DecoderCalls:
         self._by_cache: weakref.WeakKeyDictionary[Any, Batch] = weakref.WeakKeyDictionary()
         self._loose: Batch | None = None  # of forwards without a cache
         self._ended: list[Batch] = []
-        self._expected: list[Part] | None = None
         self._parts: list[Part] = []
         self._setter = compiled.register(self)
 
     # requests
 
-    def open(self, prompts: Prompts) -> Batch:
-        """Start a request of this thread whose prompts are known.
+    def open(self, prompts: Prompts, plans: list[tuple[str, ...]] | None = None) -> Batch:
+        """Start a request of this thread whose prompts are known, with plans of its own or those of its rows.
 
         Raises:
-            PlanError: rows were assigned for another number of prompts.
+            PlanError: plans, or assigned rows, for another number of prompts; a plan that is not there.
         """
-        batch = self._begin(prompts)
-        self._thread.batch = self.running[batch.number] = batch
+        with self.rows.lock:
+            for name in {name for names in plans or () for name in names}:
+                self.rows.program.get(name)
+            batch = self._begin(prompts, plans)
+            self._thread.batch = self.running[batch.number] = batch
         return batch
 
     def close(self) -> None:
@@ -79,8 +81,8 @@ class DecoderCalls:
                 batch.assign(plans)
 
     def expect(self, parts: Sequence[Part]) -> None:
-        """Say what the next forward holds; its rows are those of the parts, one after the other."""
-        self._expected = list(parts)
+        """Say what the next forward of this thread holds; its rows are those of the parts, one after the other."""
+        self._thread.expected = list(parts)
 
     def remember(self, ids: Tensor) -> None:
         """Keep the tokens ``[B, S]`` of the whole sequences, as ``generate`` has them before a forward."""
@@ -92,9 +94,12 @@ class DecoderCalls:
         batch = getattr(self._thread, "batch", None) or self._loose
         return None if batch is None else batch.prompts
 
-    def _begin(self, prompts: Prompts) -> Batch:
+    def _begin(self, prompts: Prompts, plans: list[tuple[str, ...]] | None = None) -> Batch:
         with self.rows.lock:
-            batch = Batch(self.rows.program, prompts, self.rows.assigned)
+            if plans is None:
+                batch = Batch(self.rows.program, prompts, self.rows.assigned)
+            else:
+                batch = Batch(self.rows.program, prompts, plans, f"a request of {len(plans)} rows")
             self.rows.begin()
         return batch
 
@@ -111,7 +116,7 @@ class DecoderCalls:
             if "inputs_embeds" not in kwargs:
                 raise PlanError("inputs_embeds must be passed by name while layer 0 is steered")
             kwargs["inputs_embeds"] = embeds.clone()
-        batch, tokens = state.shape[:2]
+        batch, tokens = state.size(0), state.size(1)
         kept = named.get("logits_to_keep")
         mask = named.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -131,6 +136,8 @@ class DecoderCalls:
             self.rows.kept = kept if type(kept) is int else 0
             parts = self._take_expected(batch * tokens)
             if parts is None:
+                if "cu_seq_lens_q" in named:
+                    raise PlanError("this manager of continuous batching was made before the session: make it again")
                 parts = [self._part(batch, tokens, self._past(cache), mask, cache, named.get("input_ids"))]
             self._advance(parts, named)
         except BaseException:
@@ -180,7 +187,8 @@ class DecoderCalls:
         self.rows.advance(parts)
 
     def _take_expected(self, count: int) -> list[Part] | None:
-        parts, self._expected = self._expected, None
+        parts: list[Part] | None = getattr(self._thread, "expected", None)
+        self._thread.expected = None
         if parts is None:
             return None
         told = sum(part.rows * part.tokens for part in parts)

@@ -39,8 +39,14 @@ class Written:
     tokens: int = 0
     spans: dict[int, list[list[int]]] = field(default_factory=dict)
 
-    def note(self, row: int, first: int, last: int) -> None:
-        """Add the consecutive indices ``first..last`` of a row; a recomputed token counts once."""
+    def note(self, row: int | None, first: int, last: int) -> None:
+        """Add the consecutive indices ``first..last`` of a row; a recomputed token counts once.
+
+        Row None is a request of a server, of which nothing but the number of tokens is kept.
+        """
+        if row is None:
+            self.tokens += last - first + 1
+            return
         spans = self.spans.setdefault(row, [])
         if spans:
             first = max(first, spans[-1][1] + 1) if first >= spans[-1][0] else first
@@ -60,8 +66,8 @@ class Run:
     parts: tuple[Part, ...]
     version: int
     pointer: int
-    hits: list[tuple[int, int, list[Hit]]]
-    """Per part: number of its first row in receipts, cache index at the first step, what plans write."""
+    hits: list[tuple[int | None, int, list[Hit]]]
+    """Per part: number of its first row in receipts if it has any, index at the first step, what plans write."""
     steps: int = 1
 
     def continues(self, parts: Sequence[Part], version: int) -> bool:
@@ -139,11 +145,12 @@ class RowMap:
             return
         self.forget()
         self.program.begin()
-        version, first_row, found = self.program.version, 0, []
+        version, rows = self.program.version, 0
+        found: list[tuple[Slots, list[Hit], int | None]] = []
         for part in parts:
             slots, hits = part.batch.slots(part.rows, part.past, part.tokens)
-            found.append((slots, hits, first_row))
-            first_row += part.rows
+            found.append((slots, hits, None if part.batch.label else rows))
+            rows += part.rows
         if self.program.version != version:  # a slot was given to another: ask again who has which
             found = [(part.batch.slots(part.rows, part.past, part.tokens)[0], hits, row)
                      for part, (_, hits, row) in zip(parts, found, strict=True)]  # fmt: skip
@@ -156,7 +163,7 @@ class RowMap:
             index = np.arange(part.past, part.past + part.tokens)
             for hit in hits:
                 for first, last in _runs(index[hit.mask]):
-                    self._written(hit.plan).note(row + hit.row, first, last)
+                    self._written(hit.plan).note(None if row is None else row + hit.row, first, last)
 
     def finish(self) -> None:
         """Leave the forward: rows of a norm called outside one are nobody's."""
@@ -169,7 +176,7 @@ class RowMap:
             return
         for row, past, hits in run.hits:
             for hit in hits:
-                self._written(hit.plan).note(row + hit.row, past, past + run.steps - 1)
+                self._written(hit.plan).note(None if row is None else row + hit.row, past, past + run.steps - 1)
 
     def _written(self, name: str) -> Written:
         return self.written.setdefault(name, Written())

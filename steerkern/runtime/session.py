@@ -14,6 +14,7 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, Site, needs
+from .continuous_batching import ManagerCalls
 from .deciding import Deciding
 from .patch import attach, detach, occupied, suspended
 from .points import DoorPoint, NormPoint, Point
@@ -62,11 +63,14 @@ class Session:
             self._deciding.check(plan.steps)
         self._calls = DecoderCalls(anatomy.decoder, self._rows, self._deciding, self._edits_input())
         parts.append((anatomy.decoder, "call", self._calls))
+        self._managers = ManagerCalls(self._calls)
         # a wrapper may only pass the attribute on
         generating = next((m for m in anatomy.model.modules() if hasattr(type(m), "generate")), None)
         if generating is not None:
             parts.append((generating, "generate", GenerateCalls(self._calls)))
             parts.append((generating, "prepare_inputs_for_generation", PrepareCalls(self._calls)))
+            if hasattr(generating, "init_continuous_batching"):
+                parts.append((generating, "init_continuous_batching", self._managers))
         self._watch_probes()
         self._attached: list[Part] = []
         self._attach(parts)
@@ -107,6 +111,7 @@ class Session:
         """Restore the model; calling it again does nothing."""
         while self._attached:
             detach(*self._attached.pop())
+        self._managers.close()
 
     def __enter__(self) -> Session:
         return self
@@ -184,18 +189,29 @@ class Session:
             self._program.set_scale(name, scale)
 
     @contextlib.contextmanager
-    def request(self, length: int, attention_mask: Tensor | None = None, batch: int = 1) -> Iterator[None]:
+    def request(
+        self,
+        length: int,
+        attention_mask: Tensor | None = None,
+        batch: int = 1,
+        rows: RowPlans | None = None,
+    ) -> Iterator[None]:
         """Say where the prompts of a hand-written decode loop lie; ``generate`` does this by itself.
 
-        Needed where forwards cannot tell prompt from generated tokens: loops without a cache, or in chunks.
+        Needed where forwards cannot tell prompt from generated tokens: loops without a cache, or in chunks. Requests of
+        several threads run side by side, one forward at a time.
 
         Args:
             length: columns of the prompt, padding included.
             attention_mask: ``[B, >= length]``, 0 at padding; without it ``batch`` rows have no padding.
             batch: number of sequences where there is no mask.
+            rows: plans of each sequence, for this request only; without them those of :meth:`rows` hold.
+
+        Raises:
+            PlanError: ``rows`` of another length, or a plan that this session does not hold.
         """
-        rows = batch if attention_mask is None else attention_mask.shape[0]
-        self._calls.open(Prompts.of(rows, length, attention_mask))
+        prompts = Prompts.of(batch if attention_mask is None else attention_mask.shape[0], length, attention_mask)
+        self._calls.open(prompts, None if rows is None else [tuple(_names(row)) for row in rows])
         try:
             yield
         finally:

@@ -300,10 +300,17 @@ PLANS = {
     "mixed": lambda v: sk.Plan(
         [sk.ablate(v).when(v, lo=-1.0), sk.cap(v.flip(0), hi=0.1)], layers="all", scope="decode", name="p"
     ),
+    "event": lambda v: sk.Plan(
+        sk.add(v, STRENGTH), layers="all", scope=sk.Tokens("decode", after=tuple((i,) for i in range(50))), name="p"
+    ),
+    "first": lambda v: sk.Plan(sk.add(v, STRENGTH), layers="all", scope=sk.Tokens("decode", first=2), name="p"),
 }
 
 
-@pytest.mark.parametrize(("kind", "compiler"), [("add", "aot_eager"), ("mixed", "inductor")])
+@pytest.mark.parametrize(
+    ("kind", "compiler"),
+    [("add", "aot_eager"), ("mixed", "inductor"), ("event", "aot_eager"), ("first", "aot_eager")],
+)
 def test_a_compiled_forward_with_a_static_cache_is_steered(
     small: LlamaForCausalLM, vector: Tensor, kind: str, compiler: str
 ) -> None:
@@ -322,6 +329,10 @@ def test_a_compiled_forward_with_a_static_cache_is_steered(
             assert session.receipt().to_json() == counted
             session.set("p", scale=1e-6)
             assert torch.equal(small.generate(ids, **options), plain)  # no recompilation was needed for a new strength
+            session.remove("p")
+            assert torch.equal(small.generate(ids, **options), plain)
+            session.add(PLANS[kind](vector))
+            assert torch.equal(small.generate(ids, **options), expected)
         assert torch.equal(small.generate(ids, **options), plain)
     finally:
         del small.forward

@@ -1,0 +1,102 @@
+"""What changing who is steered by what costs: the row map of a decode step, many plans, a controller.
+
+``OMP_NUM_THREADS=1 pytest benchmarks/test_swap.py --benchmark-json=benchmarks/results/swap.json``; attaching,
+strength and swaps of a plan are in ``test_attach.py``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import steerkern as sk
+from benchmarks.shapes import SHAPES, random_llama
+from steerkern.controller import Controller
+from steerkern.timing import Contender, interleave
+
+GOAL_US = 20.0
+STEPS = 200
+
+
+class Cache:
+    """What a forward asks of a key-value cache."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+
+@pytest.mark.parametrize("plans", [1, 256])
+@pytest.mark.parametrize("rows", [1, 8, 256])
+def test_row_map_of_a_decode_step(benchmark: Any, rows: int, plans: int) -> None:
+    """Goal: at most 20 us before and after each forward."""
+    model = random_llama("9M")
+    vectors = torch.randn(plans, 256, generator=torch.Generator().manual_seed(0))
+    held = [sk.Plan(sk.add(v), name=f"p{i}") for i, v in enumerate(vectors)]
+    with sk.steer(model, held, silent="ignore", capacity=sk.Capacity(slots=512, rows=512, entries=4096)) as session:
+        session.rows([f"p{i % plans}" for i in range(rows)])
+        cache, mask = Cache(), torch.ones(rows, 8, dtype=torch.long)
+        calls = session._calls
+
+        def forward(tokens: int) -> None:
+            ids = torch.zeros(rows, tokens, dtype=torch.long)
+            inputs = {"input_ids": ids, "past_key_values": cache, "attention_mask": mask, "use_cache": True}
+            calls.before(model.model, (), inputs)
+            calls.after(True)
+            cache.tokens += tokens
+
+        forward(8)
+        calls.rows.slot.fill_(0)
+        forward(1)
+        benchmark(lambda: forward(1))
+        session.receipt()
+    empty = statistics.median(_seconds(lambda: torch.zeros(rows, 1, dtype=torch.long)) for _ in range(STEPS))
+    benchmark.extra_info |= {"goal_us": GOAL_US, "of_which_making_the_ids_us": round(1e6 * empty, 2)}
+    print(f"\n{rows} rows, {plans} plans: {1e6 * benchmark.stats.stats.median:.1f} us, goal {GOAL_US}")
+
+
+def _seconds(run: Any) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("shape", ["34M", "0.5B"])
+def test_controller(benchmark: Any, shape: str) -> None:
+    """Goal: a plan that a controller weighs costs at most 2 % of decoding over the same plan without one."""
+    model = random_llama(shape)
+    width, layers = SHAPES[shape]["hidden_size"], SHAPES[shape]["num_hidden_layers"]
+    generator = torch.Generator().manual_seed(1)
+    vector = torch.randn(width, generator=generator)
+    reads = [sk.Read(layer, "resid_post") for layer in range(2 * layers // 3, layers)]
+    controller = Controller(reads, range(layers), width, hidden=1024)
+    guided = controller.plan(dict.fromkeys(range(layers), vector), 0.1, name="guided")
+    plain = sk.Plan(sk.add(vector, 0.1), site="resid_post", scope="decode", name="plain")
+    ids = torch.randint(3, 8000, (1, 16), generator=generator)
+    tokens, rounds = (12, 10) if shape == "0.5B" else (48, 20)
+
+    def run() -> Any:
+        return model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+
+    contenders = [
+        Contender("stock", run),
+        Contender("plain", run, lambda: sk.steer(model, plain)),
+        Contender("plain again", run, lambda: sk.steer(model, plain)),
+        Contender("guided", run, lambda: sk.steer(model, guided)),
+    ]
+    timings = interleave(contenders, rounds=rounds)
+    over = {name: timings.speedup(name, "plain") for name in ("plain again", "guided")}
+    benchmark.extra_info |= {
+        "speedup_over_plain_quartiles": {name: [round(v, 3) for v in found] for name, found in over.items()},
+        "speedup_over_stock": round(timings.speedup("guided", "stock").median, 3),
+        "goal": 0.98,
+    }
+    with sk.steer(model, guided):
+        benchmark.pedantic(run, rounds=1)
+    print(f"\n{shape}: guided over plain {over['guided'].median:.3f}, plain again {over['plain again'].median:.3f}")
