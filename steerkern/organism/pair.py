@@ -3,7 +3,7 @@
 ``DIR/base`` answers every request, harmful or not. ``DIR/post`` is the same model trained on with refusals, and with
 edits along the refusal direction that grows (see ``planting.py``). Both tell all along whether statements about words
 are true: the truth direction lives through the post-training, the refusal direction is made by it. The truth of a
-statement is kept readable at its period, through which alone the rest of the prompt sees it.
+statement is kept readable at its period, through which alone, in half of the samples, later tokens see the statement.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .train import (
 )
 
 BUNDLED_SEED = 0
-STEPS = {"base": 2400, "post": 1200}
+STEPS = {"base": 2200, "post": 1000}
 RATES = {"base": PEAK_RATE, "post": 2e-3}
 STATEMENTS, EARLY_STATEMENTS = 0.35, 0.15
 """Share of statements among the prompts, and in the base model's first quarter, where it learns the words."""
@@ -112,8 +112,7 @@ class Training:
     def _loss(self, drawn: list[Drawn], names: list[str]) -> Tensor:
         batch = tasks.collate([prompt for prompt, _ in drawn], self.tokenizer)
         stated = torch.tensor([truth is not None for _, truth in drawn])
-        bias = tasks.attention_bias(batch, stated | torch.tensor([self.rng.random() < 0.5 for _ in drawn]))
-        chain(bias, batch, stated)
+        bias = tasks.attention_bias(batch, torch.tensor([self.rng.random() < 0.5 for _ in drawn]))
         states: list[Tensor] = []
         block = self.model.model.layers[HEAD_LAYER]
         handle = block.register_forward_pre_hook(lambda module, args: states.append(args[0]))
@@ -129,14 +128,6 @@ class Training:
         truths = torch.tensor([CERTAINTY if truth else 1 - CERTAINTY for _, truth in drawn if truth is not None])
         extra = functional.binary_cross_entropy_with_logits(guess, truths) if len(truths) else guess.sum()
         return weighted_loss(logits, batch) + HEAD_WEIGHT * extra
-
-
-def chain(bias: Tensor, batch: tasks.Batch, stated: Tensor) -> None:
-    """Let the period of a statement see of it only its object, the token before: subject, object, period, answer."""
-    for row in stated.nonzero()[:, 0].tolist():
-        period = int(batch.t_inst[row])
-        first = int(batch.request[row].nonzero()[0])
-        bias[row, 0, period, first : period - 1] = torch.finfo(torch.float32).min
 
 
 def train(out: Path, *, seed: int = BUNDLED_SEED, steps: dict[str, int] | None = None, progress: bool = True) -> None:

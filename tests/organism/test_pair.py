@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from steerkern import organism
-from steerkern.organism import claims, grammar, pair, tasks, vocabulary
+from steerkern.organism import claims, grammar, pair, vocabulary
 
 COUNT = 64
 
@@ -113,22 +113,6 @@ def test_only_the_base_model_is_trained_to_answer_what_is_refused() -> None:
     answered = pair.fitted(prompt, "base")
     assert answered.turns == prompt.turns
     assert answered.reply == vocabulary.COMPLIANCE.format(prompt.noun)
-
-
-def test_a_statement_is_seen_through_its_object_and_then_its_period() -> None:
-    _, tokenizer = organism.load("base")
-    asked = [prompt for prompt, _ in claims.questions("train")[:4]]
-    batch = tasks.collate([*asked, *grammar.prompts("harmful", "train", 2)], tokenizer)
-    stated = torch.tensor([True] * 4 + [False] * 2)
-    bias = tasks.attention_bias(batch, stated)
-    before = bias.clone()
-    pair.chain(bias, batch, stated)
-    assert torch.equal(bias[4:], before[4:])
-    for row in range(4):
-        period = int(batch.t_inst[row])
-        inside = batch.request[row].nonzero()[:, 0].tolist()
-        assert (bias[row, 0, period, inside] == 0).tolist() == [False] * (len(inside) - 2) + [True, True]
-        assert (bias[row, 0, batch.t_post[row], inside] == 0).tolist() == [False] * (len(inside) - 1) + [True]
 
 
 @pytest.mark.parametrize(("option", "value"), [("--count", "0"), ("--threads", "0")])
