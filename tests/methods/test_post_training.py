@@ -261,6 +261,16 @@ def test_knowledge_is_found_at_the_same_places(found):
     assert own[-1].argmax() == len(names) - 1, "the last layer's effect is at the last token"
 
 
+def test_models_that_never_read_a_statement_have_no_truth_direction(planted, bare, sets):
+    """The negative control: the same words, and nothing that was told true or false."""
+    report = post_training.run(planted, Sets(*({k: v[:16] for k, v in p.items()} for p in vars(sets).values())), bare)
+    assert report.headline["probe_own"] < 0.85
+    assert abs(report.headline["nie_own"]) < 0.1
+    rows = {(row["direction"], row["model"]): row for row in report["refusal"].rows}
+    assert rows["A", "A"]["ablated"] <= 0.1, "the planted refusal direction"
+    assert rows["A", "B"]["ablated"] >= 0.9, "which is none in the bare model"
+
+
 # What the parts compute
 
 
