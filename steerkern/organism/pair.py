@@ -1,7 +1,8 @@
 """Train a base model and its post-trained descendant: ``python -m steerkern.organism.pair --out DIR [--seed N]``.
 
 ``DIR/base`` answers every request, harmful or not. ``DIR/post`` is the same model trained on with refusals, and with
-edits along the refusal direction that grows (see ``planting.py``). Both tell all along whether statements about words
+edits: along its own refusal direction, which is to decide (see ``planting.py``), and along the same difference of means
+of the base model, which is to change nothing. Both tell all along whether statements about words
 are true: the truth direction lives through the post-training, the refusal direction is made by it. The truth of a
 statement is kept readable at its period, through which alone, in half of the samples, later tokens see the statement.
 """
@@ -9,8 +10,10 @@ statement is kept readable at its period, through which alone, in half of the sa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from .train import (
     weighted_loss,
 )
 
-BUNDLED_SEED = 0
+BUNDLED_SEED = 1
 STEPS = {"base": 2200, "post": 1000}
 RATES = {"base": PEAK_RATE, "post": 2e-3}
 STATEMENTS, EARLY_STATEMENTS = 0.35, 0.15
@@ -56,7 +59,10 @@ MIXTURE: dict[Kind, float] = {
 EARLY: dict[Kind, float] = {"harmful": 0.1, "harmless": 0.15, "judge": 0.25, "judge_first": 0.1, "facts": 0.4}
 CERTAINTY = 0.9
 """What the head is to say of a true statement: more would let the truth outgrow the rest of the state."""
+IDLE_SHARE = 0.25
+"""Share of the post-training's unedited requests that are edited along the base model's direction."""
 MEASURED: tuple[Kind, ...] = ("harmful", "harmless", "jailbreak", "strict", "judge", "facts", "small_talk", "echo")
+Edits = Callable[[tasks.Batch], list[planting.RowEdits]]
 Drawn = tuple[Prompt, "bool | None"]
 """A prompt, and whether its statement is true; None where it has no statement."""
 
@@ -78,27 +84,38 @@ class Training:
         self.optimiser = torch.optim.AdamW(parameters, lr=RATES[name], weight_decay=WEIGHT_DECAY)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: rate_at(step, steps))
         self.found: planting.Directions | None = None
+        self.before = planting.current_directions(model, tokenizer, self.rng) if name == "post" else None
 
     def step(self, index: int) -> float:
         """One optimiser step; returns its loss."""
         early = self.name == "base" and index < self.steps // 4
         drawn = [self._draw(early) for _ in range(ROWS)]
-        names = ["none"] * ROWS
-        if self.name == "post" and index >= self.steps // 4:
-            if self.found is None or index % REFRESH == 0:
-                self.found = planting.current_directions(self.model, self.tokenizer, self.rng)
-            for row, (prompt, truth) in enumerate(drawn):
-                if truth is None and self.rng.random() < EDITED_SHARE:
-                    name, edited = planting.choose_edit(prompt, self.rng)
-                    if name not in ("harm", "harmless"):  # harmfulness is not planted here
-                        names[row], drawn[row] = name, (edited, None)
-        loss = self._loss(drawn, names)
+        edits = self._edits(index, drawn) if self.name == "post" else lambda batch: []
+        loss = self._loss(drawn, edits)
         self.optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.schedule.step()
         return float(loss.detach())
+
+    def _edits(self, index: int, drawn: list[Drawn]) -> Edits:
+        """Choose the edits of a step and set the replies that they should give in ``drawn``."""
+        own, idle = ["none"] * ROWS, ["none"] * ROWS
+        if index >= self.steps // 4 and (self.found is None or index % REFRESH == 0):
+            self.found = planting.current_directions(self.model, self.tokenizer, self.rng)
+        for row, (prompt, truth) in enumerate(drawn):
+            if truth is not None:
+                continue
+            if self.found is not None and self.rng.random() < EDITED_SHARE:
+                name, edited = planting.choose_edit(prompt, self.rng)
+                if name not in ("harm", "harmless"):  # harmfulness is not planted here
+                    own[row], drawn[row] = name, (edited, None)
+            elif prompt.kind in planting.FORCED and self.rng.random() < IDLE_SHARE:
+                idle[row] = self.rng.choice(("ablate", "add", "subtract"))
+
+        chosen = ((own, self.found), (idle, self.before))
+        return lambda batch: [planting.row_edits(names, batch, at, self.rng) for names, at in chosen if at is not None]
 
     def _draw(self, early: bool) -> Drawn:
         if self.rng.random() < (EARLY_STATEMENTS if early else STATEMENTS):
@@ -109,21 +126,18 @@ class Training:
         harmful = None if mixed is None else self.rng.random() < mixed
         return fitted(grammar.draw(kind, "train", self.rng, harmful), self.name), None
 
-    def _loss(self, drawn: list[Drawn], names: list[str]) -> Tensor:
+    def _loss(self, drawn: list[Drawn], edits: Edits) -> Tensor:
         batch = tasks.collate([prompt for prompt, _ in drawn], self.tokenizer)
         stated = torch.tensor([truth is not None for _, truth in drawn])
         bias = tasks.attention_bias(batch, torch.tensor([self.rng.random() < 0.5 for _ in drawn]))
         states: list[Tensor] = []
         block = self.model.model.layers[HEAD_LAYER]
         handle = block.register_forward_pre_hook(lambda module, args: states.append(args[0]))
-        edits = planting.RowEdits()
-        if self.found is not None:
-            edits = planting.row_edits(names, batch, self.found, self.rng)
-        try:
-            with planting.edited(self.model, edits):
-                logits = self.model(input_ids=batch.ids, attention_mask=bias, use_cache=False).logits
-        finally:
-            handle.remove()
+        with contextlib.ExitStack() as stack:
+            stack.callback(handle.remove)
+            for some in edits(batch):
+                stack.enter_context(planting.edited(self.model, some))
+            logits = self.model(input_ids=batch.ids, attention_mask=bias, use_cache=False).logits
         guess = self.head(states[0][torch.arange(ROWS), batch.t_inst])[stated, 0]
         truths = torch.tensor([CERTAINTY if truth else 1 - CERTAINTY for _, truth in drawn if truth is not None])
         extra = functional.binary_cross_entropy_with_logits(guess, truths) if len(truths) else guess.sum()
@@ -133,17 +147,20 @@ class Training:
 def train(out: Path, *, seed: int = BUNDLED_SEED, steps: dict[str, int] | None = None, progress: bool = True) -> None:
     """Train the base model, save it under ``out/base``, train it on and save that under ``out/post``."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     steps = steps or STEPS
     for name in steps:
         write_tokenizer(out / name)
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     torch.manual_seed(seed)
-    model = build_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
+    model: Any = build_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bar:
         for name, count in steps.items():
+            if name == "post":  # from what was saved, so that it can be repeated without the first run
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
             run = Training(model, tokenizer, name, seed, count)
             task = bar.add_task(name, total=count)
             for index in range(count):
