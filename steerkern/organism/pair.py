@@ -207,6 +207,26 @@ def geometry(models: dict[str, Any], tokenizer: Any, count: int) -> dict[str, An
     return table
 
 
+def write_measurements(out: Path, seed: int, count: int) -> None:
+    """``measurements.json`` beside both models, in fp32 from the weights as they were saved."""
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    models = {n: AutoModelForCausalLM.from_pretrained(out / n, dtype=torch.float32).eval() for n in STEPS}
+    between = geometry(models, tokenizer, count)
+    for name, model in models.items():
+        table = {
+            "seed": seed,
+            "steps": STEPS[name],
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "prompts_per_cell": count,
+            "behaviour": measure(model, tokenizer, name, count),
+            "geometry": between,
+        }
+        (out / name / "measurements.json").write_text(json.dumps(table, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line: train both, then measure what was trained as it was saved."""
     parser = argparse.ArgumentParser(prog="python -m steerkern.organism.pair", description=__doc__)
@@ -220,23 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
     torch.set_num_threads(options.threads)
     train(options.out, seed=options.seed)
-
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(options.out / "base")
-    models = {n: AutoModelForCausalLM.from_pretrained(options.out / n, dtype=torch.float32).eval() for n in STEPS}
-    between = geometry(models, tokenizer, options.count)
-    for name, model in models.items():
-        table = {
-            "seed": options.seed,
-            "steps": STEPS[name],
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "prompts_per_cell": options.count,
-            "behaviour": measure(model, tokenizer, name, options.count),
-            "geometry": between,
-        }
-        (options.out / name / "measurements.json").write_text(json.dumps(table, indent=1) + "\n")
+    write_measurements(options.out, options.seed, options.count)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_the_base_answers_everything_and_post_training_makes_refusals(behaviour:
 def test_both_tell_true_statements_from_false_ones(behaviour: tuple[str, dict[str, Any]]) -> None:
     _, table = behaviour
     assert table["statements_train"] >= 0.95
-    assert table["statements_heldout"] >= 0.9
+    assert table["statements_heldout"] >= 0.85
 
 
 def test_the_measurements_are_those_of_the_shipped_weights(behaviour: tuple[str, dict[str, Any]]) -> None:
