@@ -76,7 +76,7 @@ def run(
     probe_layer: Annotated[int | None, "Layer of the truth probe; by default where both probes are best."] = None,
     refusal_layer: Annotated[int | None, "Layer of the refusal direction; by default where it does most."] = None,
     coefficient: Annotated[
-        float | None, "Steering at each of three sites; by default a third of the model's own difference of means."
+        float | None, "Steering at each of three sites; by default the norm of the model's own difference of means."
     ] = None,
     noise: Annotated[float, "Noise variant: standard deviation, in norms of the embedding."] = 0.05,
     seed: int = 0,

@@ -77,7 +77,7 @@ def transfer(
     """Directions of both models from the training prompts, and their effects on the held-out ones.
 
     ``layer`` None takes the one at which the more refusing model's own direction does most on training prompts.
-    ``coefficient`` None shifts each model by its own raw difference of means in all, a third at each site.
+    ``coefficient`` None adds as much as each model's own raw difference of means at each of the three sites.
     """
     train, heldout = sets.train, sets.heldout
     found = tuple(
@@ -92,7 +92,7 @@ def transfer(
         layer = _best(subjects[most], found[most], common, train["harmless"][:TRIED], train["harmful"][:TRIED])
     elif layer not in cosines:
         raise ValueError(f"layer {layer}: refusal directions are known at layers {', '.join(map(str, common))}")
-    strengths = [coefficient if coefficient is not None else found[b][layer].norm / 3 for b in (0, 1)]
+    strengths = [coefficient if coefficient is not None else found[b][layer].norm for b in (0, 1)]
     shares = {}
     for b, subject in enumerate(subjects):
         units = [directions[layer].unit for directions in found]
@@ -122,7 +122,7 @@ def _best(
     tried = [at for at in layers if at < DEPTH * subject.depth] or list(layers)
     questions: list[Question] = []
     for at in tried:
-        questions.append((steering(directions[at].unit, at, directions[at].norm / 3), harmless))
+        questions.append((steering(directions[at].unit, at, directions[at].norm), harmless))
         questions.append((ablation(directions[at].unit, subject.depth), harmful))
     rates = torch.tensor(subject.refusals("trying every layer", questions)).reshape(-1, 2)
     return tried[int((rates[:, 0] - rates[:, 1]).argmax())]
