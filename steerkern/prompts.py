@@ -6,11 +6,13 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import ArtifactError
 
+Record = dict[str, str]
 MAX_BYTES = 64 << 20
 MAX_PROMPTS = 1_000_000
 COLUMNS = ("prompt", "instruction", "text", "question", "goal", "behavior")
@@ -46,6 +48,36 @@ def read_prompts(path: str | os.PathLike[str], column: str | None = None) -> lis
     return prompts
 
 
+def read_records(path: str | os.PathLike[str], columns: Sequence[str], optional: Sequence[str] = ()) -> list[Record]:
+    """Texts of several columns of a ``.jsonl`` or ``.csv`` file, without surrounding space, one dict per record.
+
+    Each record has a text in every one of ``columns``; those in ``optional`` are "" where the file has none.
+
+    Raises:
+        ArtifactError: naming the file, where it can the line, and what is wrong.
+    """
+    file = Path(path)
+    readers: dict[str, Callable[[str, str], Iterator[tuple[str, Mapping[str, Any]]]]]
+    readers = {".jsonl": _objects, ".csv": _rows}
+    read = readers.get(file.suffix.lower())
+    if read is None:
+        raise ArtifactError(f"{file.name}: files with columns end in {', '.join(readers)}")
+    records: list[Record] = []
+    for where, given in read(file.name, _text(file)):
+        record = {name: given.get(name, "") for name in (*columns, *optional)}
+        for name, text in record.items():
+            if name in columns and name not in given:
+                raise ArtifactError(f"{where}: no column {name!r}, there are {_listed(list(given))}")
+            if not isinstance(text, str) or (name in columns and not text.strip()):
+                raise ArtifactError(f"{where}: {name!r} must be a text that is not empty")
+        records.append({name: text.strip() for name, text in record.items()})
+        if len(records) > MAX_PROMPTS:
+            raise ArtifactError(f"{file.name} holds more than {MAX_PROMPTS} records")
+    if not records:
+        raise ArtifactError(f"{file.name} holds no records")
+    return records
+
+
 def _text(file: Path) -> str:
     try:
         with file.open("rb") as stream:
@@ -68,6 +100,14 @@ def _txt(name: str, text: str, column: str | None) -> Iterator[str]:
 
 
 def _jsonl(name: str, text: str, column: str | None) -> Iterator[str]:
+    for where, record in _objects(name, text):
+        value = record[_choose(where, record, column)]
+        if not isinstance(value, str):
+            raise ArtifactError(f"{where}: the prompt must be text, got {type(value).__name__}")
+        yield value
+
+
+def _objects(name: str, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -78,24 +118,38 @@ def _jsonl(name: str, text: str, column: str | None) -> Iterator[str]:
             raise ArtifactError(f"{where}: not JSON: {error}") from None
         if not isinstance(record, dict):
             raise ArtifactError(f"{where}: must be an object, got {type(record).__name__}")
-        value = record[_choose(where, record, column)]
-        if not isinstance(value, str):
-            raise ArtifactError(f"{where}: the prompt must be text, got {type(value).__name__}")
-        yield value
+        yield where, record
 
 
 def _csv(name: str, text: str, column: str | None) -> Iterator[str]:
+    table = _table(name, text)
+    _, header = next(table)
+    index = header.index(_choose(f"{name} line 1", header, column))
+    for _, row in table:
+        yield row[index]
+
+
+def _rows(name: str, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    table = _table(name, text)
+    _, header = next(table)
+    for where, row in table:
+        yield where, dict(zip(header, row, strict=True))
+
+
+def _table(name: str, text: str) -> Iterator[tuple[str, list[str]]]:
+    """The header, then every row that is not empty, with where it stands."""
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(rows, [])
         if len(set(header)) != len(header):
             raise ArtifactError(f"{name} line 1: a column name stands twice")
-        index = header.index(_choose(f"{name} line 1", header, column))
+        yield f"{name} line 1", header
         for row in rows:
+            where = f"{name} line {rows.line_num}"
             if row and len(row) != len(header):
-                raise ArtifactError(f"{name} line {rows.line_num}: {len(row)} columns, the header has {len(header)}")
+                raise ArtifactError(f"{where}: {len(row)} columns, the header has {len(header)}")
             if row:
-                yield row[index]
+                yield where, row
     except csv.Error as error:
         raise ArtifactError(f"{name} line {rows.line_num}: not CSV: {error}") from None
 

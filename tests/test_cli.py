@@ -368,7 +368,7 @@ def test_unknown_site_position_scope_and_names(folders, tmp_path):
 
 def test_unknown_models(tmp_path):
     refused("'/no/such/model': there is no such folder", "inspect", "--model", "/no/such/model")
-    refused("organism 'wild': bundled are planted, bare", "generate", "--model", "organism:wild")
+    refused("organism 'wild': bundled are planted, bare, thinking, base, post", "generate", "--model", "organism:wild")
     refused("has no config.json", "inspect", "--model", tmp_path)
     (tmp_path / "config.json").write_text("{}")
     refused("cannot be loaded", "inspect", "--model", tmp_path)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerkern import ArtifactError, prompts
-from steerkern.prompts import read_prompts
+from steerkern.prompts import read_prompts, read_records
 
 CHARACTERS = st.characters(exclude_characters="\r\0", exclude_categories=("Cs",))
 XSTEST = Path(__file__).resolve().parents[2] / "shared" / "data" / "xstest" / "xstest_prompts.csv"
@@ -122,6 +122,36 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(ArtifactError, match=r"cannot read .*folder.txt"):
         read_prompts(tmp_path / "folder.txt")
+
+
+def test_records_of_several_columns(tmp_path: Path) -> None:
+    wanted = [{"true": "a", "false": "b", "topic": ""}, {"true": "c", "false": "d", "topic": ""}]
+    lines = write(tmp_path, "a.jsonl", '{"true": " a", "false": "b", "id": 3}\n\n{"false": "d", "true": "c"}')
+    table = write(tmp_path, "a.csv", "id,false,true\n3,b,a \n4,d,c\n")
+    for file in (lines, table):
+        assert read_records(file, ("true", "false"), ("topic",)) == wanted
+    assert read_records(write(tmp_path, "b.csv", "true,topic\na,t\n"), ("true",), ("topic",)) == [
+        {"true": "a", "topic": "t"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "a\n", "a.txt: files with columns end in .jsonl, .csv"),
+        ("a.jsonl", '{"true": "a"}', "a.jsonl line 1: no column 'false', there are 'true'"),
+        ("a.jsonl", '{"true": "a", "false": 1}', "a.jsonl line 1: 'false' must be a text that is not empty"),
+        ("a.jsonl", "[]", "a.jsonl line 1: must be an object, got list"),
+        ("a.csv", "true,false\na,b\nc, \n", "a.csv line 3: 'false' must be a text that is not empty"),
+        ("a.csv", "true,other\na,b\n", "a.csv line 2: no column 'false', there are 'true', 'other'"),
+        ("a.csv", "true,false\na\n", "a.csv line 2: 1 columns, the header has 2"),
+        ("a.csv", "true,false\n", "a.csv holds no records"),
+    ],
+)
+def test_malformed_records(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        read_records(write(tmp_path, name, text), ("true", "false"))
+    assert str(caught.value) == message
 
 
 @pytest.mark.skipif(not XSTEST.exists(), reason="needs ../shared/data/xstest")

@@ -161,9 +161,10 @@ def _run(
         needed["sets"] = split(texts, o["count"], o["seed"], labels) if texts else bundled(o["count"], name)
     needed["subject"] = _subject(source, o)
     if "other" in inputs:
-        if o["other"] is None:
+        second = o["other"] or (f"{ORGANISM}:{system.other}" if o["model"] is None else None)
+        if second is None:
             raise ValueError(f"{system.name} compares two models: --other MODEL is missing")
-        needed["other"] = _subject(o["other"], o)
+        needed["other"] = _subject(second, o)
     for name in ("subject", "other"):
         if name in needed:
             needed[name] = _keeping(needed[name], Kept(o["out"], needed[name].model))

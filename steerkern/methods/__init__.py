@@ -27,6 +27,8 @@ class System:
     paper: str
     organism: str = "planted"
     """The bundled model that it is shown on."""
+    other: str = ""
+    """The bundled one that it is compared with, in a system of two models."""
 
     def load(self) -> Callable[..., Report]:
         """Its ``run``."""
@@ -41,6 +43,7 @@ SYSTEMS = {
         System("harmfulness-vs-refusal", "Harmfulness and refusal as separate directions, Latent Guard", "2507.11878"),
         System("steering-baselines", "Directional ablation, CAA, ActAdd, RepE, ITI, Angular, CAST", "2406.11717"),
         System("refusal-cliff", "Refusal cliff in reasoning models, Cliff-as-a-Judge", "2510.06036", "thinking"),
+        System("post-training", "Post-training: knowledge, truth, refusal, confidence", "2504.02904", "base", "post"),
     )
 }
 

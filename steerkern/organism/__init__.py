@@ -6,6 +6,8 @@ are right, not that a method works on a real model.
 ``planted``  refusal and harmfulness are separate directions that carry refusing and judging (measurements.json).
 ``bare``     the same behaviour trained without the planting: a method that finds a mediating direction here is broken.
 ``thinking`` one attention head (thinking.SUPPRESSOR) takes back the refusal that a thought has planned.
+``base``     a model that answers every request; both it and ``post`` tell true statements from false ones (pair.py).
+``post``     the base model trained on with refusals.
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from .claims import statements
 from .grammar import Prompt, prompts
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-Name = Literal["planted", "bare", "thinking"]
+Name = Literal["planted", "bare", "thinking", "base", "post"]
 
-__all__ = ["Name", "Prompt", "load", "measurements", "path", "prompts"]
+__all__ = ["Name", "Prompt", "load", "measurements", "path", "prompts", "statements"]
 
 
 def path(name: Name = "planted") -> Path:

@@ -14,7 +14,6 @@ import steerkern as sk
 from steerkern import organism
 from steerkern.decisions import Read, Term
 from steerkern.extraction import render, states
-from steerkern.logits import divergence, log_odds, next_logprobs
 from steerkern.methods.steering_baselines import (
     ablation,
     actadd,
@@ -34,6 +33,7 @@ from steerkern.methods.steering_baselines import (
 )
 from steerkern.methods.steering_baselines.constructions import component
 from steerkern.methods.steering_baselines.gating import similarity
+from steerkern.next_token import divergence, log_odds, next_logprobs
 from steerkern.replies import encode
 from steerkern.runtime import heads
 from steerkern.runtime.branches import writers

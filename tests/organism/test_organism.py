@@ -108,7 +108,7 @@ def test_unknown_names_are_refused_with_the_allowed_ones() -> None:
         grammar.prompts("rude")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 0"):
         grammar.prompts("harmful", count=-1)
-    with pytest.raises(ValueError, match="bundled are planted, bare, thinking"):
+    with pytest.raises(ValueError, match="bundled are planted, bare, thinking, base, post"):
         organism.path("huge")  # type: ignore[arg-type]
 
 
@@ -226,7 +226,7 @@ def test_the_shipped_measurements_are_those_it_was_accepted_for(dtype: str) -> N
     assert max(table["refusal"][layer]["ablate_harmful_refused"] for layer in ("2", "3")) <= 0.02
 
 
-@pytest.mark.parametrize("name", get_args(organism.Name))
+@pytest.mark.parametrize("name", ["planted", "bare", "thinking"])  # of the pair: test_pair.py
 def test_measurements_lie_beside_the_weights(name: organism.Name) -> None:
     table = organism.measurements(name)
     assert table["bare"] == (name == "bare")

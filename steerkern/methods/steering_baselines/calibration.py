@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...extraction import Prompt
-from ...logits import divergence, next_logprobs
+from ...next_token import divergence, next_logprobs
 from ...plan import Plan
 from ...subject import Subject
 

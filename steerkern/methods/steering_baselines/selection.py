@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...directions import Direction, Directions
 from ...extraction import Prompt, means
-from ...logits import divergence, log_odds, next_logprobs
+from ...next_token import divergence, log_odds, next_logprobs
 from ...subject import Subject
 from .constructions import ablation, addition
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...extraction import Prompt, Rendered
-from ...logits import divergence, next_logprobs
+from ...next_token import divergence, next_logprobs
 from ...plan import Plan
 from ...plots import Bars, HeatMap, Plot
 from ...report import Column, Report, Row, Table

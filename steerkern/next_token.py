@@ -1,4 +1,4 @@
-"""What a model would say next: logits of many prompts at their last token, each under its own plans."""
+"""What a model would say next: log-probabilities of the first reply token, each prompt under its own plans."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .extraction.capture import check_prompts
+from .extraction.capture import check_prompts, pad
 from .extraction.template import Rendered
 from .plan import Plan
-from .replies import encode
+from .runtime.logits import next_logits
 from .runtime.session import steer
 
 
@@ -37,27 +37,18 @@ def next_logprobs(
     plans = {plan.name: plan for plan, _ in named if plan is not None}
     for start in range(0, len(whole), batch_size):
         batch = whole[start : start + batch_size]
-        inputs = encode(model, [prompt for _, prompt in batch])
-        inputs.pop("pad_token_id")
+        ids, mask = pad([prompt.ids for _, prompt in batch], next(model.parameters()).device)
         here = {plan.name for plan, _ in batch if plan is not None}
         if not here:
-            found.append(_last(model, inputs))
+            found.append(next_logits(model, ids, mask))
         else:
             with steer(model, [plans[name] for name in here], silent="ignore") as session:
                 session.rows([None if plan is None else plan.name for plan, _ in batch])
-                found.append(_last(model, inputs))
+                found.append(next_logits(model, ids, mask))
         if step is not None:
             step(len(batch))
-    together = torch.cat(found)
+    together = functional.log_softmax(torch.cat([logits.cpu() for logits in found]), -1)
     return list(together.split([len(prompts) for _, prompts in named]))
-
-
-def _last(model: Any, inputs: dict[str, Any]) -> Tensor:
-    mask = inputs["attention_mask"]
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    with torch.no_grad():
-        logits = model(**inputs, position_ids=positions, use_cache=False).logits[:, -1]
-    return functional.log_softmax(logits.float(), -1).cpu()
 
 
 def log_odds(logprobs: Tensor, tokens: Sequence[int]) -> Tensor:
