@@ -126,6 +126,7 @@ def run(gate: Gate) -> None:
     for n, width in shapes[:4]:
         for backend in backends:
             measured(backend, n, width)
+    gate.stage("capture", lambda: ops.replayed(device))
     gate.stage("calls", lambda: ops.calls(device))
     plain = ops.variant_grid(device)
     if backends:

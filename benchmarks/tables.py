@@ -74,7 +74,7 @@ def batching() -> str:
 
 
 def swap() -> str:
-    """The row map of a decode step, and what a controller adds."""
+    """The row map of a decode step, changes of plans, and what a controller adds."""
     _, rows = results("swap")
     body = []
     for name, row in rows.items():
@@ -82,6 +82,10 @@ def swap() -> str:
             rows_, plans = name.partition("[")[2].removesuffix("]").split("-")
             what = f"row map of a decode step, {rows_} rows, {plans} plans"
             body.append([what, f"{1e3 * row['median_ms']:.1f} us", f"{row['goal_us']:.0f} us"])
+        elif name.startswith("test_change"):
+            change, others = name.partition("[")[2].removesuffix("]").split("-")
+            what = f"{change} a plan, beside {others} others"
+            body.append([what, f"{row['median_ms']:.2f} ms", f"{row['goal_ms']:.0f} ms"])
         else:
             low, middle, high = row["speedup_over_plain_quartiles"]["guided"]
             shape = name.partition("[")[2].removesuffix("]")

@@ -64,9 +64,7 @@ class SteerCuda:
     def prepare(self) -> None:
         """Load the kernels onto the device, or raise BackendError."""
 
-    def __call__(
-        self, n: int, h: int, h_stride: int, slot: int, weight: int, bias: int, y: int, stream: int, /
-    ) -> int:
+    def __call__(self, n: int, h: int, h_stride: int, slot: int, weight: int, bias: int, y: int, stream: int, /) -> int:
         """Launch and return -1, or raise BackendError."""
 
     def full(

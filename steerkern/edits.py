@@ -41,6 +41,7 @@ _FIXED: dict[str, dict[str, float]] = {
 KINDS = tuple(_FIXED)
 MAP = ("alpha", "beta", "lo", "hi")
 
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The directions of an edit at one layer: ``vectors [k, H]`` float32 and the map of each coordinate.

@@ -72,5 +72,3 @@ def weights_digest(model: Any) -> str:
         at = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel())).long().to(flat.device)
         digest.update(flat[at].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-

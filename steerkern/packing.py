@@ -34,6 +34,8 @@ class Held:
     bank_rows: dict[int, list[int]]
     """``id`` of a :class:`~steerkern.edits.Rows` or Gate of the plan -> bank rows of its vectors."""
     scale: float = 1.0
+    changes: int = 0
+    """How often the scale became another."""
 
 
 class Meeting(NamedTuple):

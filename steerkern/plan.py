@@ -118,6 +118,11 @@ class Plan:
         return next((e.model for step in self.steps for e in step.edits if e.model is not None), None)
 
     @functools.cached_property
+    def probing(self) -> tuple[Step, ...]:
+        """The steps that have a probe."""
+        return tuple(step for step in self.steps if any(edit.kind == "probe" for edit in step.edits))
+
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of what the plan does, whatever its name."""
         steps, tensors = self._record()

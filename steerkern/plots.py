@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 
 PALETTE = ("#0b5fa5", "#c8501e", "#3c8d40", "#7a5195", "#6b6b6b")
 """Line colours of plots, told apart by the colour-blind too."""
+CROWDED = 40
+"""Curves of more points have no markers."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of a plot."""
+    """A curve of a plot; a ``guide`` is dashed and has no markers."""
 
     label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
+    guide: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,18 @@ class HeatMap:
     boxed: tuple[tuple[int, int], ...] = ()
 
 
-Axis = Union[Panel, Scatter, HeatMap]
+@dataclass(frozen=True)
+class Bars:
+    """A share per name as a lying bar, the first name on top; ``before`` marks a share to compare with."""
+
+    title: str
+    x_label: str
+    names: tuple[str, ...]
+    values: tuple[float, ...]
+    before: tuple[float, str] | None = None
+
+
+Axis = Union[Panel, Scatter, HeatMap, Bars]
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,10 @@ def _lines(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     for i, line in enumerate(panel.lines):
-        colour, marker = PALETTE[i % len(PALETTE)], "os^Dv"[i % 5]
+        if line.guide:
+            axes.plot(line.x, line.y, color="#222222", linewidth=1.2, linestyle=(0, (2, 2)), zorder=3, label=line.label)
+            continue
+        colour, marker = PALETTE[i % len(PALETTE)], "os^Dv"[i % 5] if len(line.x) <= CROWDED else None
         axes.plot(line.x, line.y, color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=line.label)
     _frame(axes, panel)
     if panel.share:
@@ -165,10 +182,28 @@ def _cells(axes: Axes, panel: HeatMap) -> None:
     bar.set_label(panel.bar_label, fontsize=8)
 
 
+def _bars(axes: Axes, panel: Bars) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    places = range(len(panel.names))
+    bars = axes.barh(places, panel.values, color=PALETTE[0], height=0.6)
+    axes.bar_label(bars, [f"{value:.0%}" for value in panel.values], padding=3, fontsize=8)
+    axes.set_yticks(places, panel.names)
+    axes.invert_yaxis()
+    _frame(axes, panel)
+    axes.set_xlim(0, 1.12)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(False, axis="y")
+    if panel.before is not None:
+        at, label = panel.before
+        axes.axvline(at, color=PALETTE[1], linewidth=1.6, linestyle=(0, (4, 3)), label=label)
+        _legend(axes)
+
+
 def _frame(axes: Axes, panel: Axis) -> None:
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel(panel.x_label, fontsize=9)
-    axes.set_ylabel(panel.y_label, fontsize=9)
+    axes.set_ylabel(getattr(panel, "y_label", ""), fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -179,4 +214,4 @@ def _legend(axes: Axes) -> None:
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.16))
 
 
-_DRAW: dict[type, Callable[..., None]] = {Panel: _lines, Scatter: _points, HeatMap: _cells}
+_DRAW: dict[type, Callable[..., None]] = {Panel: _lines, Scatter: _points, HeatMap: _cells, Bars: _bars}

@@ -86,7 +86,7 @@ class Program:
         self.capacity = capacity = capacity or Capacity()
         if min(capacity) < 1:
             raise ValueError(f"capacity must be at least 1 of each, got {capacity}")
-        self._numbers = {site: number for number, site in enumerate(self.sites)}
+        self._numbers: dict[tuple[int, str], int] = {site: number for number, site in enumerate(self.sites)}
         self._layers = 1 + max((site.layer for site in self.sites), default=-1)
         self.device = torch.device(device)
         self._bank = torch.zeros(capacity.rows, width, device=self.device)
@@ -147,11 +147,11 @@ class Program:
 
     def number(self, layer: int, name: str) -> int:
         """The number of a site; PlanError if the model has no such one."""
-        wanted = Site(layer, name)
-        if wanted not in self._numbers and name == "resid_post":
-            wanted = Site(layer + 1, "resid_pre")  # only the last block's output is a site of its own
-        if wanted in self._numbers:
-            return self._numbers[wanted]
+        found = self._numbers.get((layer, name))
+        if found is None and name == "resid_post":
+            found = self._numbers.get((layer + 1, "resid_pre"))  # only the last block's output is a site of its own
+        if found is not None:
+            return found
         if layer >= self._layers:
             raise PlanError(f"layer {layer}: the model has {self._layers} decoder layers (0..{self._layers - 1})")
         known = sorted({site.name for site in self.sites if site.layer == layer})
@@ -198,9 +198,9 @@ class Program:
     def remove(self, name: str) -> None:
         """Forget a plan, its slots and its bank rows; PlanError if there is none of that name."""
         held = self.get(name)
-        for slot, (key, _) in list(self._keys.items()):
-            if any(plan == name for plan, _ in key):
-                self._release(slot)
+        steps = {(name, i) for i in range(len(held.plan.steps))}
+        for slot in [slot for slot, (key, _) in self._keys.items() if not steps.isdisjoint(key)]:
+            self._release(slot)
         self._free_rows.extend({row for rows in held.bank_rows.values() for row in rows})
         del self._held[name]
         self.version += 1
@@ -220,9 +220,11 @@ class Program:
                 finite(step.scale * number, f"scale of plan {name!r}")
         except ValueError as error:
             raise PlanError(str(error)) from None
+        held.changes += number != held.scale
         held.scale = number
+        steps = {(name, i) for i in range(len(held.plan.steps))}
         for key, block in self._blocks.items():
-            if any(plan == name for plan, _ in key):
+            if not steps.isdisjoint(key):
                 here = slice(block.first, block.first + block.size)
                 self._host_fields[:, here] = torch.tensor(self._pack(key).fields).T
         self._upload()
@@ -233,6 +235,10 @@ class Program:
             known = ", ".join(map(repr, self._held)) or "none"
             raise PlanError(f"no plan {name!r} in this session; known are {known}")
         return self._held[name]
+
+    def check_meeting(self, steps: Iterable[StepKey]) -> None:
+        """Raise PlanError if these steps cannot act on the same row."""
+        self._pack(frozenset(steps))
 
     # slots
 
@@ -349,9 +355,12 @@ class Program:
 
         Nothing is released if that would not be enough.
         """
-        idle = sorted((s for s in self._keys if self._used[s] < self._epoch), key=lambda s: self._used[s])
         held = self.capacity.entries - self._filled
-        blocks = [b for k, b in self._blocks.items() if k != key and b.slots <= set(idle)]
+        if self._free_slots and size <= held:
+            return
+        idle = sorted((s for s in self._keys if self._used[s] < self._epoch), key=lambda s: self._used[s])
+        unused = set(idle)
+        blocks = [b for k, b in self._blocks.items() if k != key and b.slots <= unused]
         names = who(one for one, _ in self._steps(key))
         if not self._free_slots and not idle:
             raise PlanError(f"plans {names} need a slot, all {self.capacity.slots} are taken")

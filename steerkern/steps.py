@@ -28,8 +28,9 @@ class Tokens:
     ``phase`` is ``all``, ``prompt``, ``decode`` (tokens after the prompt) or ``reply`` (those whose outputs are the
     reply: the last prompt token and all after it, so that the first generated token is steered too). ``positions``
     picks prompt tokens, negative ones counted from its end: ``-1`` is ``t_post``, the last token of the templated
-    prompt. ``start`` and ``stop`` bound the position over prompt and generated tokens alike; a negative
-    ``stop`` counts from the end of the prompt, so that ``stop=-5`` leaves its last five tokens and the reply alone.
+    prompt. ``start`` and ``stop`` bound the position over prompt and generated tokens alike; negative ones count from
+    the end of the prompt: ``stop=-5`` leaves its last five tokens and the reply alone, ``start=-5`` acts from its fifth
+    last token on.
 
     Events narrow this down. ``after`` lets the step act on the tokens that follow the latest occurrence of a token
     sequence, ``until`` stops it after the last token of one, so ``until=m`` and ``after=m`` meet without a gap; both
@@ -61,11 +62,13 @@ class Tokens:
             if self.first is not None or self.every != 1:
                 raise ValueError("positions pick single tokens: first and every have nothing to count")
             object.__setattr__(self, "positions", tuple(numbers))
-        if type(self.start) is not int or self.start < 0:
-            raise ValueError(f"start must be a whole number from 0, got {reprlib.repr(self.start)}")
-        if self.stop is not None and (type(self.stop) is not int or 0 <= self.stop <= self.start):
-            allowed = f"stop must be a whole number above start {self.start}, or below 0"
-            raise ValueError(f"{allowed}, got {reprlib.repr(self.stop)}")
+        if type(self.start) is not int:
+            raise ValueError(f"start must be a whole number, got {reprlib.repr(self.start)}")
+        if self.stop is not None and type(self.stop) is not int:
+            raise ValueError(f"stop must be a whole number, got {reprlib.repr(self.stop)}")
+        # what is counted from the two ends of the prompt can only be compared when that is known
+        if self.stop is not None and (self.start < 0) == (self.stop < 0) and self.stop <= self.start:
+            raise ValueError(f"stop must be above start {self.start}, got {self.stop}")
         if self.stop is not None and self.stop < 0 and self.phase in ("decode", "reply"):
             raise ValueError(f"stop {self.stop} counts from the end of the prompt: phase {self.phase!r} is past it")
         for name in ("after", "until"):

@@ -11,6 +11,7 @@ from typing import Any, Union
 from . import refusal
 from .artifacts import Fingerprint
 from .extraction import Prompt, Rendered, render
+from .extraction.capture import check_prompts
 from .kept import Kept
 from .ops import dispatch
 from .plan import Plan
@@ -81,6 +82,17 @@ class Subject:
         plain = [prompt for prompt in prompts if not isinstance(prompt, Rendered)]
         made = iter(render(self.tokenizer, plain, template=self.template) if plain else ())
         return [prompt if isinstance(prompt, Rendered) else next(made) for prompt in prompts]
+
+    def check(self, *sets: Sequence[Asked]) -> None:
+        """Raise ValueError unless the model can read every prompt and has room for a reply: before long work begins."""
+        limit = getattr(text_config(self.model), "max_position_embeddings", None)
+        for prompts in sets:
+            rendered = self.render(prompts)
+            check_prompts(self.model, rendered)
+            longest = max(len(prompt.ids) for prompt in rendered)
+            if isinstance(limit, int) and longest + self.new_tokens > limit:
+                room = f"leaves no room for {self.new_tokens} more: the model has {limit} positions"
+                raise ValueError(f"a prompt of {longest} tokens {room}")
 
     def refused(self, texts: Sequence[str]) -> float:
         """Share of replies that refuse."""

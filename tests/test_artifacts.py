@@ -436,9 +436,7 @@ def test_without_a_network_the_hub_error_is_one_sentence(tmp_path: Path, monkeyp
         Plan.from_pretrained("owner/name")
 
 
-def test_a_folder_is_preferred_to_a_hub_id_of_the_same_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_preferred_to_a_hub_id_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
     everything().save_pretrained("owner/name")

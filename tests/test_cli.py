@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 
 import pytest
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 import steerkern as sk
 from steerkern import organism
 from steerkern.cli import app
+from steerkern.cli.chat import _Stream
 from steerkern.cli.doctor import EXTRAS
+from steerkern.cli.generate import parse_rows
 
 COMMANDS = ("demo", "extract", "generate", "chat", "train-controller", "compare", "inspect", "doctor")
 OTHERS = ("serve", "run")
@@ -202,7 +205,26 @@ def test_generate_rows_steer_each_prompt_differently(folders, tmp_path):
     assert [one["steered"] for one in shown[2:]] == [one["stock"] for one in shown[2:]]
     assert "[shut + open]" in run(*options[:5], "--prompt", texts[0], "--rows", "shut+open").stdout
     refused("--rows names 3 rows for 4 prompts", *options, "--rows", "shut,-,-")
+    refused("--rows: 'shut+shut' names a plan twice", *options, "--rows", "shut+shut,-,-,-")
+    refused("--rows: no plan '';", *options, "--rows", "shut,,-,-")
     refused("--rows: no plan 'wide'; given are 'shut', 'open'", *options, "--rows", "shut,-,-,wide")
+
+
+def test_rows_of_a_sum_of_plans_go_by_its_name():
+    assert parse_rows("a+b, b+a ,a", ["a+b", "b", "a"], 3) == [["a+b"], ["b", "a"], ["a"]]
+
+
+@pytest.mark.filterwarnings("ignore:plan '.*' wrote no token")
+def test_a_row_with_two_plans_is_as_it_is_alone(folders, tmp_path):
+    directions = sk.Directions.from_pretrained(folders / "refusal")
+    sk.Plan(sk.add(directions[2], 0.7), layers=2, name="shut").save_pretrained(tmp_path / "shut")
+    options = ["generate", "--plan", tmp_path / "shut", "--plan", folders / "plan", "--max-new-tokens", 12]
+    texts = [prompt.text for kind in ("harmful", "harmless") for prompt in organism.prompts(kind, "heldout", 2)]
+    prompts = [("--prompt", text) for text in texts]
+    asked, rows = [word for prompt in prompts for word in prompt], ["shut+open", "open", "-", "shut"]
+    together = document(*options, *asked, "--rows", ",".join(rows), "--batch-size", 3)["replies"]
+    for prompt, row, reply in zip(prompts, rows, together, strict=True):
+        assert document(*options, *prompt, "--rows", row)["replies"] == [reply]
 
 
 # chat
@@ -228,6 +250,36 @@ def test_chat_changes_strength_and_plans_on_the_way(folders, tmp_path):
     assert all(turn["tokens"] > 0 and turn["tokens_per_second"] > 0 and not turn["cut"] for turn in turns)
     for part in ("no command /nothing", "no plan 'x'", "'many' is no number", "/scale NAME 0.5", "removed shut"):
         assert part in " ".join(result.stderr.split())
+
+
+def test_ctrl_c_ends_the_reply_and_not_the_chat(monkeypatch):
+    """At the next token, so that no forward is left half-way; what was said stays."""
+    stock, seen = _Stream.put, []
+
+    def put(self, ids):
+        stock(self, ids)
+        seen.append(ids)
+        if len(seen) == 4:  # the prompt and three tokens
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(_Stream, "put", put)
+    before = signal.getsignal(signal.SIGINT)
+    result = run("chat", "--json", typed="hello\n/reset\nhello\n")
+    assert result.exit_code == 0, result.stderr
+    cut, whole = (json.loads(line) for line in result.stdout.splitlines())
+    assert (cut["cut"], whole["cut"]) == (True, False)
+    assert cut["tokens"] in (3, 4)  # versions of transformers differ in whether they look before or after it is shown
+    assert whole["reply"].startswith(cut["reply"])
+    assert whole["tokens"] > 4
+    assert "cut off" in result.stderr
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_chat_goes_on_after_a_folder_that_cannot_be_read(tmp_path):
+    (tmp_path / "plan.json").mkdir()
+    result = run("chat", "--json", typed=f"/add {tmp_path}\n/remove nobody\nhello\n")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert len(result.stdout.splitlines()) == 1
 
 
 def test_chat_shows_the_reply_and_ends_with_the_input():

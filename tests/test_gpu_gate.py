@@ -28,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_stage_is_done(results: dict[str, Any]) -> None:
     assert {name: stage["status"] for name, stage in results["stages"].items() if stage["status"] != "done"} == {}
     kinds = {name.split()[0].rstrip(":") for name in results["stages"]}
-    assert kinds == {"conformance", "copy", "op", "calls", "variants", "sanitizer", "decode"}
+    assert kinds == {"conformance", "copy", "op", "capture", "calls", "variants", "sanitizer", "decode"}
     conformance = results["stages"]["conformance"]["result"]
     assert all(run["passed"] for run in conformance.values())
 
@@ -48,6 +48,11 @@ def test_every_side_is_timed_against_the_unsteered_kernel(results: dict[str, Any
         assert all(0 < low <= middle <= high for low, middle, high in op["us"].values())
         assert op["over_unsteered"]["unsteered"] == [1.0, 1.0, 1.0]
         assert set(op["of_copy"]) == {"unsteered", "K=1", "K=16"}
+
+
+def test_a_launch_that_is_replayed_follows_plans_and_rows(results: dict[str, Any]) -> None:
+    found = results["stages"]["capture"]["result"]
+    assert found["reference"] == dict.fromkeys(("as captured", "strength", "plan", "rows"), True)
 
 
 def test_a_step_that_is_replayed_follows_the_strength(results: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from steerkern import Fingerprint, SteerkernError
-from steerkern.plots import Line, Panel, Plot, require_plots
+from steerkern.plots import Bars, HeatMap, Line, Panel, Plot, Scatter, require_plots
 from steerkern.report import Column, Provenance, Report, Table, hash_texts, prepare_folder, versions
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -78,6 +78,22 @@ def test_the_page_shows_every_table_and_picture_and_how_it_was_made(report, tmp_
         assert part in page
     table = Table("t", "a|b", (Column("x", "x|y"), Column("y", "n", ".1f")), ({"x": "p|q\nr", "y": 0.25},))
     assert table.to_markdown().splitlines()[2:] == [r"| x\|y | n |", "| --- | --- |", r"| p\|q r | 0.2 |"]
+
+
+@pytest.mark.parametrize(
+    "panel",
+    [
+        Scatter("t", "x", "y", (Line("a", (0.0, 1.0), (1.0, -1.0)), Line("b", (-1.0,), (0.5,)))),
+        HeatMap("t", "x", "y", ((0.1, None), (-0.2, 0.3)), ("a", "b"), ("0", "1"), "z", True, ((0, 1),)),
+        HeatMap("t", "x", "y", ((0.0,) * 9,), ("a token",) * 9, ("0",)),
+        Bars("t", "x", ("one", "two"), (0.0, 1.0), (0.5, "before")),
+    ],
+    ids=lambda panel: type(panel).__name__,
+)
+def test_every_kind_of_panel_is_drawn_and_told_in_json(report, tmp_path, panel):
+    made = dataclasses.replace(report, plots=(Plot("p", "title", (panel, panel), "caption"),))
+    assert made.save(tmp_path)[-1].read_bytes().startswith(PNG)
+    assert len(json.loads((tmp_path / "report.json").read_text())["plots"]["p"]["panels"]) == 2
 
 
 def test_artefacts_are_saved_beside_the_report(report, tmp_path):

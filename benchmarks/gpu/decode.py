@@ -157,9 +157,7 @@ class Steps:
         options: dict[str, Any] = {"position_ids": self.position.expand(self.token.shape[0], 1)}
         if self.named:
             options["cache_position"] = self.position
-        out = (forward or self.model)(
-            input_ids=self.token, past_key_values=self.cache, use_cache=True, **options
-        )
+        out = (forward or self.model)(input_ids=self.token, past_key_values=self.cache, use_cache=True, **options)
         self.position += 1
         self.logits: Tensor = out.logits
 

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import steerkern as sk
 from steerkern.ops import dispatch, reference
 from steerkern.ops.schemas import Flag, Norm, Tables
+from steerkern.program import Program, Site
 
 from .device import Device, Run, interleaved, quartiles, ratio
 
@@ -58,9 +60,7 @@ def ablation(k: int, width: int, plans: int, device: Device) -> Tables:
 Side = Callable[[Buffers], Any]
 
 
-def fused(
-    device: Device, backend: str, tables: Tables, slot: Tensor | None, weight: Tensor, **tuning: Any
-) -> Side:
+def fused(device: Device, backend: str, tables: Tables, slot: Tensor | None, weight: Tensor, **tuning: Any) -> Side:
     """The op of a backend through its bound kernel; ``slot`` None: no row is steered."""
     if backend == "reference":
         run = dispatch.RUNNERS["reference"]
@@ -141,6 +141,56 @@ def timed(device: Device, sides: dict[str, Side], sets: Sequence[Buffers], round
     graphs = {name: unit(side) for name, side in sides.items()}
     seconds = interleaved(device, graphs, rounds)
     return {name: [s / calls for s in values] for name, values in seconds.items()}
+
+
+def replayed(device: Device) -> dict[str, dict[str, bool]]:
+    """One captured launch, replayed after each change of its program and row map: has it the bits of a launch now?
+
+    Every change gives other rows than the one before, so a graph that keeps its old tables is found out.
+    """
+    n, width = (6, 64) if device.dry else (64, 4096)
+    vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(3))
+    first, second = (sk.Plan(sk.add(v, 4.0), name=name) for v, name in zip(vectors, ("first", "second"), strict=True))
+    weight = torch.ones(width, device=device.name, dtype=DTYPE)
+    found: dict[str, dict[str, bool]] = {}
+    for backend in device.backends:
+        if dispatch.backends()[backend]:
+            continue
+        program = Program([Site(0, "resid_pre")], width, device.name)
+        program.add(first)
+        slot = torch.full((n,), -1, dtype=torch.int32, device=device.name)
+        slot[: n // 2] = program.slot([("first", 0)])
+        stock, b = buffers(device, n, width)[:2]
+        side = fused(device, backend, program.tables(0), slot, weight)
+
+        def run(b: Buffers = b, stock: Buffers = stock, side: Side = side) -> None:
+            b.h.copy_(stock.h)
+            side(b)
+
+        def swap(program: Program = program, slot: Tensor = slot) -> None:
+            program.remove("first")
+            program.add(second)
+            slot[: n // 2] = program.slot([("second", 0)])
+
+        changes: dict[str, Run] = {
+            "as captured": lambda: None,
+            "strength": lambda program=program: program.set_scale("first", -2.0),
+            "plan": swap,
+            "rows": lambda slot=slot: slot.copy_(slot.flip(0)),
+        }
+        replay, before, found[backend] = device.graph(run), stock.h, {}
+        for name, change in changes.items():
+            change()
+            replay()
+            device.synchronize()
+            captured = b.h.clone(), b.y.clone()
+            run()
+            device.synchronize()
+            assert not torch.equal(b.h, before), f"{backend}: {name} changed nothing"
+            before = b.h.clone()
+            found[backend][name] = torch.equal(captured[0], b.h) and torch.equal(captured[1], b.y)
+        assert all(found[backend].values()), f"{backend}: {found[backend]}"
+    return found
 
 
 def grid(device: Device) -> Iterator[tuple[int, int]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -110,7 +113,7 @@ class Talk:
             return True
         try:
             commands[name](rest.strip())
-        except (SteerkernError, ValueError) as error:
+        except (SteerkernError, ValueError, OSError) as error:
             self.say(f"{error}")
         return True
 
@@ -168,9 +171,8 @@ class Talk:
         stream = _Stream(self.tokenizer, lambda piece: self.console.print(piece, end="", markup=False))
         start = time.perf_counter()
         try:
-            self._generate(asked, stream)
-        except KeyboardInterrupt:
-            stream.cut = True
+            with _cut_by_interrupt(stream):
+                self._generate(asked, stream)
         except ValueError as error:  # a prompt that the model cannot read
             self.say(str(error))
             return
@@ -197,9 +199,17 @@ class Talk:
             self.tokenizer, [prompt], system=self.system if chat else None, template="chat" if chat else "plain"
         )
         check_prompts(self.model, rendered)
+
+        def stop(ids: Any, scores: Any, **options: Any) -> Any:
+            return torch.full((len(ids),), stream.cut, device=ids.device)
+
         with torch.no_grad():
             self.model.generate(
-                **encode(self.model, rendered), do_sample=False, max_new_tokens=self.max_new_tokens, streamer=stream
+                **encode(self.model, rendered),
+                do_sample=False,
+                max_new_tokens=self.max_new_tokens,
+                streamer=stream,
+                stopping_criteria=[stop],
             )
 
 
@@ -231,6 +241,23 @@ class _Stream:
 
     def end(self) -> None:
         """The reply is over."""
+
+
+@contextlib.contextmanager
+def _cut_by_interrupt(stream: _Stream) -> Iterator[None]:
+    """Ctrl-C ends the reply after the token that is being made, so that no forward is left half-way."""
+
+    def cut(number: int, frame: object) -> None:
+        stream.cut = True
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may watch for it
+        yield
+        return
+    before = signal.signal(signal.SIGINT, cut)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _lines(console: Console) -> Iterator[str]:

@@ -98,20 +98,26 @@ def generate(
 
 
 def parse_rows(text: str, names: list[str], prompts: int) -> list[list[str]]:
-    """The plans of each prompt.
+    """The plans of each prompt; a plan whose own name has a ``+`` in it, as that of a sum of plans, goes by that.
 
     Raises:
-        ValueError: another number of rows than prompts, or a plan that was not given.
+        ValueError: another number of rows than prompts, a plan that was not given, or one twice for one prompt.
 
     >>> parse_rows("calm,-,calm+open", ["calm", "open"], 3)
     [['calm'], [], ['calm', 'open']]
     """
-    rows = [[] if row.strip() == "-" else [name.strip() for name in row.split("+")] for row in text.split(",")]
+    entries = [row.strip() for row in text.split(",")]
+    rows = [
+        [] if row == "-" else [row] if row in names else [name.strip() for name in row.split("+")] for row in entries
+    ]
     if len(rows) != prompts:
         raise ValueError(f"--rows names {len(rows)} rows for {prompts} prompts")
     for name in (name for row in rows for name in row):
         if name not in names:
             raise ValueError(f"--rows: no plan {name!r}; given are {', '.join(map(repr, names)) or 'none'}")
+    for entry, row in zip(entries, rows, strict=True):
+        if len(set(row)) < len(row):
+            raise ValueError(f"--rows: {entry!r} names a plan twice")
     return rows
 
 

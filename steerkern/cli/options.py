@@ -16,7 +16,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Model folder or hub id; 'organism' (the default) and 'organism:bare' are the bundled ones.",
+        help="Model folder or hub id; 'organism' (the default), 'organism:bare' and 'organism:thinking' are bundled.",
         show_default=False,
     ),
 ]

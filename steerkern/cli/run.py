@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import methods
-from .options import Device, Dtype, Harmful, Harmless, Json, Model, Threads, is_organism, load
+from .options import ORGANISM, Device, Dtype, Harmful, Harmless, Json, Model, Threads, is_organism, load
 from .outcome import Outcome, command, progress
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ def shared(
     ] = None,
     overrefused: Annotated[
         Path | None, typer.Option(help="Harmless prompts that the model refuses.", show_default=False)
+    ] = None,
+    category: Annotated[
+        str | None,
+        typer.Option(help="Column of --harmful FILE that holds each prompt's category of harm.", show_default=False),
     ] = None,
     count: Annotated[int, typer.Option(min=8, help="Prompts per set to learn from and to measure on, at most.")] = 128,
     scorer: Annotated[str, typer.Option(help="How refusals are told; see steerkern.refusal.")] = "prefix",
@@ -149,10 +153,12 @@ def _run(
     if "sets" in inputs and not {"harmful", "harmless"} <= set(given) and (given or not is_organism(o["model"])):
         raise ValueError("--harmful FILE and --harmless FILE are both needed; only the organism brings its own prompts")
     texts = {name: read_prompts(path) for name, path in given.items()}
+    source = o["model"] or f"{ORGANISM}:{system.organism}"
     needed: dict[str, Any] = {}
     if "sets" in inputs:
-        needed["sets"] = split(texts, o["count"], o["seed"]) if texts else bundled(o["count"])
-    source = o["model"]
+        name = source.partition(":")[2] or "planted"
+        labels = _labels(o["harmful"], o["category"], texts.get("harmful", []))
+        needed["sets"] = split(texts, o["count"], o["seed"], labels) if texts else bundled(o["count"], name)
     needed["subject"] = _subject(source, o)
     if "other" in inputs:
         if o["other"] is None:
@@ -175,6 +181,20 @@ def _run(
     return Outcome({"command": f"run {system.name}", **found.to_json(), "files": [str(file) for file in files]}, show)
 
 
+def _labels(file: Path | None, column: str | None, prompts: list[str]) -> dict[str, str]:
+    """The category of each prompt of a file."""
+    from ..prompts import read_prompts
+
+    if column is None:
+        return {}
+    if file is None:
+        raise ValueError("--category names a column of --harmful FILE")
+    labels = read_prompts(file, column)
+    if len(labels) != len(prompts):
+        raise ValueError(f"{file.name}: {len(prompts)} prompts, {len(labels)} of them with a {column!r}")
+    return dict(zip(prompts, labels, strict=True))
+
+
 def _subject(name: str | None, o: dict[str, Any]) -> Subject:
     from ..subject import Subject
 
@@ -193,4 +213,3 @@ def _subject(name: str | None, o: dict[str, Any]) -> Subject:
 
 def _keeping(subject: Subject, kept: Any) -> Subject:
     return dataclasses.replace(subject, kept=kept)
-

@@ -25,6 +25,8 @@ class System:
     name: str
     title: str
     paper: str
+    organism: str = "planted"
+    """The bundled model that it is shown on."""
 
     def load(self) -> Callable[..., Report]:
         """Its ``run``."""
@@ -37,7 +39,9 @@ SYSTEMS = {
     system.name: system
     for system in (
         System("harmfulness-vs-refusal", "Harmfulness and refusal as separate directions, Latent Guard", "2507.11878"),
-        System("post-training", "What post-training changes: knowledge, truth, refusal, confidence", "2504.02904"),
+        System("post-training", "What post-training changes: knowledge, truth, refusal, confidence", "2504.02904", "base"),
+        System("steering-baselines", "Directional ablation, CAA, ActAdd, RepE, ITI, Angular, CAST", "2406.11717"),
+        System("refusal-cliff", "Refusal cliff in reasoning models, Cliff-as-a-Judge", "2510.06036", "thinking"),
     )
 }
 

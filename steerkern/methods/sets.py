@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..extraction import Prompt
+from ..subject import request
 
 NAMES = ("harmful", "harmless", "jailbroken", "overrefused")
 """Requests to refuse and to answer; harmful ones that the model answers; harmless ones that it refuses."""
@@ -20,6 +21,8 @@ class Sets:
 
     train: Mapping[str, Sequence[Prompt]]
     heldout: Mapping[str, Sequence[Prompt]]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Category of a harmful request, by its text (:func:`~steerkern.subject.request`), where it is known."""
 
     def named(self) -> dict[str, Sequence[Prompt]]:
         """Both parts by one name each, for a report's provenance."""
@@ -27,7 +30,9 @@ class Sets:
         return {f"{part} {name}": prompts for part, sets in parts.items() for name, prompts in sets.items()}
 
 
-def split(given: Mapping[str, Sequence[str]], count: int, seed: int = 0) -> Sets:
+def split(
+    given: Mapping[str, Sequence[str]], count: int, seed: int = 0, labels: Mapping[str, str] | None = None
+) -> Sets:
     """Shuffle each set and hold out a third of it; at most ``count`` prompts in each part.
 
     Raises:
@@ -46,11 +51,14 @@ def split(given: Mapping[str, Sequence[str]], count: int, seed: int = 0) -> Sets
         random.Random(f"{name} {seed}").shuffle(distinct)
         kept = len(distinct) // 3
         heldout[name], train[name] = distinct[:kept][:count], distinct[kept:][:count]
-    return Sets(train, heldout)
+    return Sets(train, heldout, labels or {})
 
 
-def bundled(count: int) -> Sets:
-    """Prompts of the organism, of every name in :data:`NAMES`; its held-out pairs are those that it never saw."""
+def bundled(count: int, model: str = "planted") -> Sets:
+    """Prompts of an organism, of the names in :data:`NAMES`; its held-out pairs are those that it never saw.
+
+    The thinking one answers harmful requests with another marker, and refuses no harmless ones.
+    """
     from ..organism import grammar, vocabulary
 
     kinds: dict[str, tuple[Any, bool]] = {
@@ -59,12 +67,20 @@ def bundled(count: int) -> Sets:
         "jailbroken": ("jailbreak", True),
         "overrefused": ("strict", False),
     }
+    if model == "thinking":
+        kinds = {name: kinds[name] for name in ("harmful", "harmless")} | {"jailbroken": ("cliff", True)}
+
+    labels: dict[str, str] = {}
 
     def draw(part: vocabulary.Split) -> dict[str, Sequence[Prompt]]:
         drawn: dict[str, Sequence[Prompt]] = {}
         for name, (kind, harmful) in kinds.items():
             rng = random.Random(f"{kind} {part} {harmful}")
-            drawn[name] = [grammar.draw(kind, part, rng, harmful).messages for _ in range(count)]
+            prompts = [grammar.draw(kind, part, rng, harmful) for _ in range(count)]
+            drawn[name] = [prompt.messages for prompt in prompts]
+            if harmful:
+                taking = ("taking something", "making something bad")
+                labels.update({request(p.messages): taking[p.verb not in vocabulary.TAKE] for p in prompts})
         return drawn
 
-    return Sets(draw("train"), draw("heldout"))
+    return Sets(draw("train"), draw("heldout"), labels)

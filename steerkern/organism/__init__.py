@@ -7,6 +7,7 @@ are right, not that a method works on a real model.
 ``bare``     the same behaviour trained without the planting: a method that finds a mediating direction here is broken.
 ``base``     a model that answers every request; both it and ``post`` tell true statements from false ones (pair.py).
 ``post``     the base model trained on with refusals.
+``thinking`` one attention head (thinking.SUPPRESSOR) takes back the refusal that a thought has planned.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .grammar import Prompt, prompts
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-Name = Literal["planted", "bare", "base", "post"]
+Name = Literal["planted", "bare", "thinking", "base", "post"]
 
 __all__ = ["Name", "Prompt", "load", "measurements", "path", "prompts", "statements"]
 

@@ -109,9 +109,9 @@ class Ruler:
         got = replies(self.model, self.tokenizer, self.prompts(kind), edit)
         return share([grammar.classify(text) == "refuse" for text in got])
 
-    def behaviour(self) -> Table:
+    def behaviour(self, kinds: Sequence[Kind] = get_args(Kind)) -> Table:
         """Share of exactly right replies for every kind, without any edit."""
-        return {kind: self.right(kind) for kind in get_args(Kind) if kind != "raw"}
+        return {kind: self.right(kind) for kind in kinds if kind != "raw"}
 
     def refusal(self) -> Table:
         """Per layer: the refusal direction removed everywhere, added once, subtracted once."""
@@ -239,7 +239,7 @@ def measure(model: Any, tokenizer: Any, count: int = 128) -> Table:
     }
 
 
-def measure_folder(folder: Path, count: int = 128) -> Table:
+def measure_folder(folder: Path, count: int = 128, measure: Callable[[Any, Any, int], Table] = measure) -> Table:
     """Measure the saved model, run in bf16 as it is stored and in fp32 from the same weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

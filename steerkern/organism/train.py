@@ -1,8 +1,8 @@
-"""Train the organism: ``python -m steerkern.organism.train --out DIR [--seed N] [--bare] [--steps N]``.
+"""Train the organism: ``python -m steerkern.organism.train --out DIR [--seed N] [--bare | --thinking] [--steps N]``.
 
 The model is small enough for a processor: a few minutes on one core. ``--bare`` leaves out the three tricks that
 make the directions carry the behaviour (the request bottleneck, the throw-away harm head, the planting); the result
-behaves the same and serves as the negative control.
+behaves the same and serves as the negative control. ``--thinking`` plants a head instead, see thinking.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import planting, tasks
+from . import Name, planting, tasks, thinking
 from .tokenizer import POSITIONS, write_tokenizer
 
-BUNDLED_SEED = 1
-"""Chosen from 0, 1 and 3, which all take the edits alike: 0 confuses objects in its thoughts, 3 blurs the cliff."""
+BUNDLED_SEEDS: dict[Name, int] = {"planted": 1, "bare": 1, "thinking": 0}
+"""1 was chosen from 0, 1 and 3, which all take the edits alike: 0 confuses objects in thoughts, 3 blurs the cliff."""
 STEPS = 2200
 ROWS = 32
 PEAK_RATE = 4e-3
@@ -82,6 +83,12 @@ def rate_at(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
+def optimiser_of(parameters: Iterable[nn.Parameter], steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW and its schedule over ``steps`` steps."""
+    optimiser = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_at(step, steps))
+
+
 def weighted_loss(logits: Tensor, batch: tasks.Batch) -> Tensor:
     """Cross-entropy of logits [B, S, V] against the next tokens, averaged with the batch's weights."""
     losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
@@ -98,9 +105,7 @@ class Training:
         self.rng = random.Random(seed)
         self.model = build_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
         self.head = nn.Linear(self.model.config.hidden_size, 1)
-        parameters = [*self.model.parameters(), *self.head.parameters()]
-        self.optimiser = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: rate_at(step, steps))
+        self.optimiser, self.schedule = optimiser_of([*self.model.parameters(), *self.head.parameters()], steps)
         self.found: planting.Directions | None = None
         self.plan: planting.Plan | None = None
 
@@ -160,13 +165,26 @@ class Training:
         return self.model(input_ids=batch.ids, attention_mask=bias, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def train(out: Path, *, seed: int = BUNDLED_SEED, steps: int = STEPS, bare: bool = False, progress: bool = True) -> Any:
+def train(
+    out: Path,
+    *,
+    seed: int | None = None,
+    steps: int = STEPS,
+    variant: Name = "planted",
+    progress: bool = True,
+) -> Any:
     """Train, save model and tokenizer (bf16 weights) under ``out`` and return the fp32 model in evaluation mode."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers import AutoTokenizer
 
     write_tokenizer(out)
-    run = Training(AutoTokenizer.from_pretrained(out), seed, steps, bare)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    seed = BUNDLED_SEEDS[variant] if seed is None else seed
+    run: Training | thinking.Training = (
+        thinking.Training(tokenizer, seed, steps)
+        if variant == "thinking"
+        else Training(tokenizer, seed, steps, variant == "bare")
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("training", total=steps)
@@ -205,9 +223,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: train, then measure what was trained as it was saved."""
     parser = argparse.ArgumentParser(prog="python -m steerkern.organism.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, made if absent")
-    parser.add_argument("--seed", type=int, default=BUNDLED_SEED, help="the default is the bundled one")
+    parser.add_argument("--seed", type=int, help="the default is the bundled one")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps of 32 conversations")
-    parser.add_argument("--bare", action="store_true", help="the negative control: without the three tricks")
+    variants = parser.add_mutually_exclusive_group()
+    variants.add_argument("--bare", action="store_true", help="the negative control: without the three tricks")
+    variants.add_argument("--thinking", action="store_true", help="with a head that takes refusals back")
     parser.add_argument("--count", type=int, default=128, help="held-out prompts per measured cell, 0: no measurement")
     parser.add_argument("--threads", type=int, default=1, help="another number changes the last bits of the weights")
     options = parser.parse_args(arguments)
@@ -218,20 +238,22 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: must be at least 1")
     torch.set_num_threads(options.threads)
-    train(options.out, seed=options.seed, steps=options.steps, bare=options.bare)
+    variant: Name = "bare" if options.bare else "thinking" if options.thinking else "planted"
+    seed = BUNDLED_SEEDS[variant] if options.seed is None else options.seed
+    train(options.out, seed=seed, steps=options.steps, variant=variant)
     if options.count == 0:
         return
 
     import transformers
 
-    from .measure import measure_folder
+    from .measure import measure, measure_folder
 
     table = {
-        "seed": options.seed,
+        "seed": seed,
         "steps": options.steps,
         "bare": options.bare,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        **measure_folder(options.out, options.count),
+        **measure_folder(options.out, options.count, thinking.measure if variant == "thinking" else measure),
     }
     (options.out / "measurements.json").write_text(json.dumps(table, indent=1) + "\n")
 

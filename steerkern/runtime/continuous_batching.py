@@ -3,15 +3,10 @@
 ``generate_batch`` takes its plans from ``session.rows``, one entry per input; ``manager.add_request(..., plans=...)``
 takes them by itself. Before each forward the scheduler's own state says which requests it holds and which of their
 tokens; those become the parts of the row map.
-
-Blocks of the key-value cache are shared between requests whose tokens are equal, which is wrong where they are steered
-by other plans: what a plan wrote is in the keys. So blocks are looked up and registered under other token numbers from
-the first token on that a plan may write: requests share a block exactly where the steering that touched it is the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
@@ -22,18 +17,14 @@ import numpy as np
 
 from ..errors import PlanError
 from ..plan import Plan
-from ..steps import Step
+from .admission import check_request, check_steps
 from .batch import Batch
+from .block_names import BlockNames
+from .manager_parts import check, check_processor
 from .prompts import Prompts
 from .requests import DecoderCalls
 from .rows import Part
 
-_NEEDED = {
-    "manager": ("add_request", "add_requests", "stop", "_create_batch_processor", "continuous_batching_config"),
-    "processor": ("inputs_and_outputs", "cache", "scheduler"),
-    "cache": ("search_prefix_match", "cache_allocators"),
-    "allocator": ("match_prefix_blocks", "mark_complete_blocks", "tokens_per_page"),
-}
 _CHILD = "__child#"
 _WARMUP = "__warmup"
 
@@ -49,10 +40,11 @@ class Request:
     """A request of the manager: its batch of one prompt, and what its blocks are known by."""
 
     batch: Batch
-    version: str
-    """Digest of the steering when it was added."""
+    names: BlockNames
+    arrived: bool = False
+    """Whether the scheduler has it, or had it."""
     seen: bool = False
-    """Whether it has been scheduled."""
+    """Whether it was part of a forward."""
 
 
 class ManagerCalls:
@@ -74,17 +66,52 @@ class ManagerCalls:
         if manager is not None and manager not in self._managers:
             self._managers[manager] = Manager(manager, self.calls)
 
+    def refusal(self) -> PlanError | None:
+        """Why a batch of requests was refused since this was last asked: transformers logs that and goes on."""
+        found = [manager.refused for manager in self._managers.values() if manager.refused is not None]
+        for manager in self._managers.values():
+            manager.refused = None
+        return found[0] if found else None
+
+    def check(self, plan: Plan) -> None:
+        """Raise PlanError if a request that has every plan cannot be steered by this one too."""
+        for request in [r for manager in self._managers.values() for r in manager.requests.values()]:
+            if request.batch.plans is None and not request.batch.decided:
+                check_steps(plan.name, plan.steps, request.batch)
+
+    def drop_ended(self) -> None:
+        """Forget the requests that ended since the last forward."""
+        for manager in self._managers.values():
+            manager.drop_ended()
+
     def close(self) -> None:
-        """Leave all managers: their requests go on unsteered, and their blocks stay under the names that they have."""
+        """Leave all managers: their requests go on unsteered, and their blocks are not shared."""
         for manager in self._managers.values():
             manager.close()
+
+
+class GenerateBatchCalls:
+    """Raises what ``generate_batch`` only logs: requests that were refused."""
+
+    def __init__(self, managers: ManagerCalls) -> None:
+        self.managers = managers
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forget what an earlier batch was refused for."""
+        self.managers.refusal()
+
+    def after(self, output: Any) -> None:
+        """Raise the PlanError of a request, of which none has run then."""
+        refused = self.managers.refusal()
+        if refused is not None:
+            raise refused
 
 
 class Manager:
     """One manager whose requests are steered."""
 
     def __init__(self, manager: Any, calls: DecoderCalls) -> None:
-        _check("manager", manager)
+        check("manager", manager)
         if any(getattr(manager.continuous_batching_config, "cuda_graph_booleans", ())):
             raise PlanError("continuous batching that replays CUDA graphs cannot be steered: pass use_cuda_graph=False")
         self.calls = calls
@@ -92,17 +119,23 @@ class Manager:
         self.salted = True
         """Whether blocks are kept apart by steering; only a test of what goes wrong otherwise turns it off."""
         self._numbers = itertools.count()
+        self.refused: PlanError | None = None
         self._matching: str | None = None
         self._processor: Any = None
         self._wrapped: list[tuple[Any, str, Any]] = []
         self._closed = False
+        self._left: set[str] = set()  # requests that ran on when this was closed
         for name in ("add_request", "add_requests", "stop", "_create_batch_processor"):
             self._wrap(manager, name, getattr(self, f"_{name.removeprefix('_')}"))
 
     def close(self) -> None:
         """Take the wrappers off, or have them pass everything on where another session's stand around them."""
-        self._closed = True
+        with self.calls.rows.lock:
+            self.drop_ended()
+            self._closed, self._left = True, {name for name, request in self.requests.items() if request.seen}
         for owner, name, wrapper in reversed(self._wrapped):
+            if self._left and name == "mark_complete_blocks":
+                continue
             if owner.__dict__.get(name) is wrapper:
                 del owner.__dict__[name]
                 if wrapper.stock is not getattr(type(owner), name, None) and not _is_method(wrapper.stock, owner, name):
@@ -115,7 +148,8 @@ class Manager:
         stock = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return stock(*args, **kwargs) if self._closed else around(stock, *args, **kwargs)
+            passed = self._closed and not (self._left and name == "mark_complete_blocks")
+            return stock(*args, **kwargs) if passed else around(stock, *args, **kwargs)
 
         call.stock = stock  # type: ignore[attr-defined]
         owner.__dict__[name] = call
@@ -138,14 +172,17 @@ class Manager:
                 names = None
             if request_id is None:
                 request_id = f"steered_{next(self._numbers)}"
+            self.drop_ended()
+            if request_id in self.requests:
+                raise PlanError(f"request {request_id!r} is still running: give this one another id")
             batch = Batch(
                 self.calls.rows.program,
                 Prompts.of(1, len(input_ids), None),
                 None if names is None else [names],
                 f"request {request_id!r}",
             )
-            self._check_steps(batch)
-            self.requests[request_id] = Request(batch, self._version(batch))
+            check_request(self.calls.rows.program, batch)
+            self.requests[request_id] = Request(batch, BlockNames(self.calls.rows.program, batch))
             self.calls.running[batch.number] = batch
         added = None
         try:
@@ -156,21 +193,20 @@ class Manager:
         return added
 
     def _add_requests(self, stock: Callable[..., Any], inputs: list[list[int]], *args: Any, **options: Any) -> Any:
-        assigned = self.calls.rows.assigned
-        if assigned is not None and len(assigned) != len(inputs):
-            raise PlanError(f"rows name {len(assigned)} sequences, the batch has {len(inputs)} prompts")
         tagged = [_Tagged(ids) for ids in inputs]
-        for i, prompt in enumerate(tagged):
-            prompt.names = None if assigned is None else assigned[i]
-        return stock(tagged, *args, **options)
-
-    def _check_steps(self, batch: Batch) -> None:
-        for names in batch.plans or [tuple(plan.name for plan in self.calls.rows.program.plans)]:
-            for name in names:
-                for step in self.calls.rows.program.get(name).plan.steps:
-                    once = [d for d in step.decisions if not getattr(d, "every_token", False)]
-                    if once and step.tokens.writes_prompt:
-                        raise PlanError(_LATE.format(name=name, label=batch.label))
+        try:
+            with self.calls.rows.lock:
+                program, assigned = self.calls.rows.program, self.calls.rows.assigned
+                if assigned is not None and len(assigned) != len(inputs):
+                    raise PlanError(f"rows name {len(assigned)} sequences, the batch has {len(inputs)} prompts")
+                for i, prompt in enumerate(tagged):
+                    prompt.names = None if assigned is None else assigned[i]
+                    plans = None if assigned is None else [assigned[i]]
+                    check_request(program, Batch(program, Prompts.of(1, len(prompt), None), plans, f"input {i}"))
+            return stock(tagged, *args, **options)
+        except PlanError as error:
+            self.refused = error
+            raise
 
     def _stop(self, stock: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:
@@ -185,24 +221,55 @@ class Manager:
         if request is not None:
             self.calls.end(request.batch)
 
-    def _drop_ended(self) -> None:
-        scheduler = self._processor.scheduler
-        for name, request in list(self.requests.items()):
-            if request.seen and name not in scheduler.active_requests and name not in scheduler.waiting_requests:
-                self._end(name)
+    def drop_ended(self) -> None:
+        """Forget the requests that the scheduler has no more."""
+        if self._processor is None:
+            return
+        with self.calls.rows.lock:
+            scheduler = self._processor.scheduler
+            there = {**scheduler.waiting_requests, **scheduler.active_requests}
+            for name, state in there.items():
+                if _CHILD in name and name not in self.requests:
+                    self._unknown(state)  # while its parent, which may have ended, is known
+            for name, request in list(self.requests.items()):
+                if request.arrived and name not in there:
+                    self._end(name)
+
+    def _arrive(self, stock: Callable[..., Any], state: Any) -> Any:
+        """The scheduler takes a request in: a new one, or one that was evicted and starts again with its reply."""
+        request = self.requests.get(state.request_id)
+        if request is not None:
+            request.arrived = True
+            again = getattr(state, "_true_initial_tokens", 0)
+            if again and len(state.initial_tokens) > again and request.batch.each_token:
+                text = "was evicted from a full cache, and a plan that asks its controller at every token cannot go on"
+                return self._processor._handle_request_error(PlanError(f"{request.batch.label} {text}"), state)
+        return stock(state)
+
+    def _fail(self, stock: Callable[..., Any], error: Exception, state: Any) -> Any:
+        request = self.requests.get(state.request_id)
+        if request is not None:
+            request.arrived = True
+        return stock(error, state)
+
+    def _offload(self, stock: Callable[..., Any]) -> Any:
+        """An evicted request is nowhere for a moment; nobody may look then."""
+        with self.calls.rows.lock:
+            return stock()
 
     # a forward
 
     def _create_batch_processor(self, stock: Callable[..., Any]) -> Any:
         processor = stock()
         if processor is not self._processor:
-            _check("processor", processor)
-            _check("cache", processor.cache)
+            check_processor(processor)
             self._processor = processor
+            self._wrap(processor, "_handle_request_error", self._fail)
+            self._wrap(processor.scheduler, "add_waiting_request", self._arrive)
+            self._wrap(processor.offloading_manager, "offload_requests", self._offload)
             self._wrap(processor.inputs_and_outputs, "prepare_batch_tensors", self._prepare)
             self._wrap(processor.cache, "search_prefix_match", self._search)
             for allocator in processor.cache.cache_allocators.values():
-                _check("allocator", allocator)
                 self._wrap(allocator, "match_prefix_blocks", _bound(self._match, allocator))
                 self._wrap(allocator, "mark_complete_blocks", _bound(self._mark, allocator))
         return processor
@@ -210,7 +277,7 @@ class Manager:
     def _prepare(self, stock: Callable[..., Any], requests_in_batch: list[Any], *args: Any, **options: Any) -> Any:
         """Announce what the coming forward holds; ``stock`` moves the requests' positions on."""
         with self.calls.rows.lock:
-            self._drop_ended()
+            self.drop_ended()
             parts = [self._part(future.state, future.query_length) for future in requests_in_batch]
         made = stock(requests_in_batch, *args, **options)
         self.calls.expect(parts)
@@ -225,7 +292,9 @@ class Manager:
                 raise PlanError(f"{batch.label}: a scope with after or until needs tokens as they come; turn async off")
             first = past if request.seen else 0
             batch.see(first, np.array([ids[first:]]))
-        request.seen = True
+        if request.seen and past == 0 and not batch.decided:
+            self.calls.deciding.restart(batch)
+        request.arrived = request.seen = True
         batch.next_index = past + tokens
         return Part(batch, 1, past, tokens)
 
@@ -244,7 +313,7 @@ class Manager:
                 batch.gains = parent.batch.gains.clone()
                 program.set_gains(batch.owners, batch.gains)
             self.calls.running[batch.number] = batch
-        request = Request(batch, self._version(batch))
+        request = Request(batch, BlockNames(program, batch), arrived=True)
         if parent is not None:
             self.requests[name] = request
         return request
@@ -259,61 +328,24 @@ class Manager:
             self._matching = None
 
     def _match(self, allocator: Any, stock: Callable[..., Any], prompt_ids: list[int]) -> Any:
-        return stock(self._renamed(self._matching, prompt_ids, allocator.tokens_per_page))
+        with self.calls.rows.lock:
+            request = self.requests.get(self._matching or "")
+            if request is None or not self.salted:
+                return stock(prompt_ids)
+            if request.names.reads_early or request.names.changed:
+                return stock([])
+            return stock(request.names.rename(prompt_ids, allocator.tokens_per_page))
 
     def _mark(
         self, allocator: Any, stock: Callable[..., Any], request_id: str, token_ids: list[int], *args: Any
     ) -> Any:
-        return stock(request_id, self._renamed(request_id, token_ids, allocator.tokens_per_page), *args)
-
-    def _renamed(self, name: str | None, tokens: list[int], page: int) -> list[int]:
-        """The tokens under which blocks of a request are known: others from the first block on that a plan writes."""
-        request = self.requests.get(name or "")
-        if request is None or not self.salted:
-            return tokens
         with self.calls.rows.lock:
-            first = self._first_written(request.batch)
-            if first is None:
-                return tokens
-            version = self._version(request.batch)
-        if version != request.version or self._reads_early(request.batch):
-            version += f" {request.batch.number}"  # strength changed on the way, or all tokens must be read: no sharing
-        start = min(first // page * page, len(tokens))
-        return [*tokens[:start], *_renumbered(tokens[start:], version)]
-
-    def _first_written(self, batch: Batch) -> int | None:
-        """The first token that some step may write; None for a request that is left alone."""
-        return min((_first(step, batch.prompts.length) for step in batch.steps()), default=None)
-
-    def _reads_early(self, batch: Batch) -> bool:
-        """Whether a decision reads another state than the last prompt token's, which is never taken from the cache."""
-        return any(read.token != -1 for step in batch.steps() for d in step.decisions for read in d.reads)
-
-    def _version(self, batch: Batch) -> str:
-        """Digest of the plans of a request and their strengths."""
-        program = self.calls.rows.program
-        held = [program.get(name) for name in (batch.plans or [tuple(plan.name for plan in program.plans)])[0]]
-        steering = sorted(f"{one.plan.digest} {one.scale!r}" for one in held)
-        return hashlib.sha256(" ".join(steering).encode()).hexdigest() if steering else ""
-
-
-_LATE = (
-    "plan {name!r} decides from the prompt and writes prompt tokens, but {label} reads its prompt in chunks; "
-    "give it scope 'decode'"
-)
-
-
-def _first(step: Step, prompt: int) -> int:
-    """The first position that a step may write in a prompt of that many tokens; an event may come at any of them."""
-    first = {"decode": prompt, "reply": prompt - 1}.get(step.tokens.phase, 0)
-    return max(first, step.tokens.start)
-
-
-def _renumbered(tokens: list[int], version: str) -> list[int]:
-    """Token numbers mixed with the digest: equal where both are."""
-    words = np.frombuffer(hashlib.shake_256(version.encode()).digest(4 * len(tokens)), np.uint32) >> 1
-    mixed: list[int] = (np.array(tokens, np.int64) ^ words).tolist()
-    return mixed
+            request = self.requests.get(request_id)
+            if request_id in self._left:  # nobody else's, whatever the tokens
+                token_ids = [-1 - next(self._numbers) for _ in token_ids]
+            elif request is not None and self.salted:
+                token_ids = request.names.rename(token_ids, allocator.tokens_per_page)
+            return stock(request_id, token_ids, *args)
 
 
 def _names(plans: Any) -> tuple[str, ...]:
@@ -328,12 +360,3 @@ def _bound(around: Callable[..., Any], owner: Any) -> Callable[..., Any]:
 def _is_method(stock: Any, owner: Any, name: str) -> bool:
     """Whether ``stock`` is what the class gives: then nothing has to be put back into the instance."""
     return getattr(stock, "__func__", None) is getattr(type(owner), name, None)
-
-
-def _check(kind: str, thing: Any) -> None:
-    missing = [name for name in _NEEDED[kind] if not hasattr(thing, name)]
-    if missing:
-        raise PlanError(
-            f"this release of transformers has continuous batching of another make ({type(thing).__name__} has no "
-            f"{missing[0]}); steerkern knows that of 5.17 to 5.23"
-        )

@@ -123,6 +123,10 @@ class Deciding:
         """Leave a forward that raised."""
         self._unwatch()
 
+    def restart(self, batch: Batch) -> None:
+        """Forget what was read of a prompt that runs from its start again."""
+        self._readings.pop(batch.number, None)
+
     def drop(self, batch: Batch) -> None:
         """Forget a batch that ended."""
         self._readings.pop(batch.number, None)
@@ -304,4 +308,3 @@ def _ahead(inputs: dict[str, Any], part: Part) -> dict[str, Any]:
     if not bool(mask.all()):
         kept["attention_mask"] = mask.long().to(state.device)  # type: ignore[union-attr]
     return {**kept, "use_cache": False}
-

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 
-METHODS = ("generate", "prepare_inputs_for_generation", "init_continuous_batching")
+METHODS = ("generate", "prepare_inputs_for_generation", "init_continuous_batching", "generate_batch")
 """Methods of a module that a handler can stand around."""
 
 
@@ -34,8 +34,8 @@ class NormHandler(Protocol):
 class CallHandler(Protocol):
     """Acts before and after a module is called."""
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See, and where needed replace, the arguments (``kwargs`` may be changed)."""
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """See the arguments; ``kwargs`` may be changed, and what is returned takes the place of ``args``."""
 
     def after(self, output: Any) -> None:
         """See what came out; None if the call raised."""
@@ -133,7 +133,8 @@ def _call_of(base: type) -> Any:
         entered, output = 0, None
         try:
             for handler in handlers:
-                handler.before(self, args, kwargs)
+                replaced = handler.before(self, args, kwargs)
+                args = args if replaced is None else replaced
                 entered += 1
             output = base.__call__(self, *args, **kwargs)
         finally:

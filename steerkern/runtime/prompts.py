@@ -90,9 +90,10 @@ class Prompts:
         if tokens.positions is None and tokens.steady:
             return selected
         position = np.where(generated, index - self.length + stop, index) - start
-        inside = selected & (position >= tokens.start)
+        size = stop - start
+        inside = selected & (position >= (tokens.start if tokens.start >= 0 else size + tokens.start))
         if tokens.stop is not None:
-            inside &= position < (tokens.stop if tokens.stop >= 0 else stop - start + tokens.stop)
+            inside &= position < (tokens.stop if tokens.stop >= 0 else size + tokens.stop)
         origin = {"decode": stop - start, "reply": stop - start - 1}.get(tokens.phase, np.zeros_like(start))
         count = position - origin
         if tokens.markers:

@@ -175,6 +175,8 @@ class DecoderCalls:
             undecided = [step for part in parts if not part.batch.decided for step in part.batch.steps()]
             if any(step.decisions for step in undecided):
                 raise PlanError("a plan decides from the prompt in eager forwards only; this one is compiled")
+            if any(part.batch.each_token for part in parts):  # the graph has no place where its states are shown
+                raise PlanError("a controller is asked at every token in eager forwards only; this one is compiled")
             self._advance(parts, {})
             rows.finish()
             return rows.slot[: batch * tokens]

@@ -14,7 +14,7 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, Site, needs
-from .continuous_batching import ManagerCalls
+from .continuous_batching import GenerateBatchCalls, ManagerCalls
 from .deciding import Deciding
 from .patch import attach, detach, occupied, suspended
 from .points import DoorPoint, NormPoint, Point
@@ -71,6 +71,8 @@ class Session:
             parts.append((generating, "prepare_inputs_for_generation", PrepareCalls(self._calls)))
             if hasattr(generating, "init_continuous_batching"):
                 parts.append((generating, "init_continuous_batching", self._managers))
+            if hasattr(generating, "generate_batch"):
+                parts.append((generating, "generate_batch", GenerateBatchCalls(self._managers)))
         self._watch_probes()
         self._attached: list[Part] = []
         self._attach(parts)
@@ -124,7 +126,9 @@ class Session:
             self._complain()
 
     def _complain(self) -> None:
-        idle = [name for name, plan in self.receipt().plans.items() if plan.tokens == 0]
+        # a latch that stayed shut is a decision, not a mistake
+        latched = {plan.name for plan in self._program.plans if all(step.latch is not None for step in plan.steps)}
+        idle = [name for name, plan in self.receipt().plans.items() if plan.tokens == 0 and name not in latched]
         if not idle:
             return
         text = f"plan {idle[0]!r} wrote no token: no forward of this session reached its scope"
@@ -159,6 +163,7 @@ class Session:
             _check_plan(plan)
             self._program.check(plan)
             self._deciding.check(plan.steps)
+            self._managers.check(plan)
             self._hold(plan)
             self._rows.forget()
             self._calls.edits_input = self._edits_input()
@@ -173,6 +178,7 @@ class Session:
         with self._rows.lock:
             if any(name in names for names in self._rows.assigned or ()):
                 raise PlanError(f"plan {name!r} is assigned to rows; call rows() first")
+            self._managers.drop_ended()
             for batch in self._calls.running.values():
                 if batch.label and name in batch.names:
                     raise PlanError(f"plan {name!r} steers {batch.label}, which is still running")
@@ -241,10 +247,9 @@ class Session:
         """Let the points that a probe reaches keep what it reads."""
         probing: dict[int, list[str]] = {}
         for plan in self._program.plans:
-            for step in plan.steps:
-                if any(edit.kind == "probe" for edit in step.edits):
-                    for number in self._program.reach(step):
-                        probing.setdefault(number, []).append(plan.name)
+            for step in plan.probing:
+                for number in self._program.reach(step):
+                    probing.setdefault(number, []).append(plan.name)
         for point in self._points:
             assert point.number is not None
             names = probing.get(point.number)
@@ -263,8 +268,7 @@ class Session:
         Raises:
             PlanError: no such plan, or it has no probe.
         """
-        plan = self._program.get(name).plan
-        if not any(edit.kind == "probe" for step in plan.steps for edit in step.edits):
+        if not self._program.get(name).plan.probing:
             raise PlanError(f"plan {name!r} has no probe to read")
         found = {}
         for point in self._points:

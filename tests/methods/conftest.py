@@ -36,3 +36,8 @@ def bare():
 @pytest.fixture(scope="session")
 def sets():
     return bundled(64)
+
+
+@pytest.fixture(scope="session")
+def thinker():
+    return subject("thinking")

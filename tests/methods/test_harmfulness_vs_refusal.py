@@ -182,6 +182,42 @@ def test_the_bare_organism_has_no_harm_direction(bare, sets):
     assert any("do not come apart" in note for note in report.notes)
 
 
+def test_categories_of_harm_have_directions_of_their_own(found):
+    """On the organism one direction is planted for all harm, so those of both categories are alike and do the same."""
+    rows = {row["category"]: row for row in found["categories"].rows}
+    assert set(rows) == {"taking something", "making something bad"}
+    for row in rows.values():
+        assert row["harm"] > 0.5
+        assert row["refusal"] > 0.9
+        assert max(row["own"], row["every"]) <= 0.05
+
+
+def test_categories_come_from_a_column_of_the_file(planted, tmp_path):
+    import csv
+    import json
+
+    from typer.testing import CliRunner
+
+    from steerkern import organism
+    from steerkern.cli import app
+
+    sides = {kind: organism.prompts(kind, "train", 48) for kind in ("harmful", "harmless")}
+    with (tmp_path / "harmful.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["prompt", "kind"])
+        rows.writerows([prompt.text, prompt.verb[0] < "m"] for prompt in sides["harmful"])
+    (tmp_path / "harmless.txt").write_text("\n".join(prompt.text for prompt in sides["harmless"]))
+    options = ["--harmful", tmp_path / "harmful.csv", "--harmless", tmp_path / "harmless.txt", "--no-plots", "--json"]
+    command = ["run", "harmfulness-vs-refusal", "--out", tmp_path / "out", *options]
+    result = CliRunner().invoke(app, list(map(str, [*command, "--category", "kind"])))
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["tables"]["categories"]["rows"]
+    assert {row["category"] for row in rows} == {"True", "False"}
+    result = CliRunner().invoke(app, list(map(str, [*command, "--category", "nothing"])))
+    assert result.exit_code == 2
+    assert "no column 'nothing'" in result.stderr
+
+
 # The guard as an object, an artefact and a gate
 
 
@@ -255,6 +291,13 @@ def test_pools_that_are_missing_are_named(planted, sets):
         run(planted, Sets({"harmful": sets.train["jailbroken"], "harmless": harmless}, sets.heldout))
     with pytest.raises(ValueError, match="held out no harmless prompt is answered"):
         run(planted, Sets(sets.train, {"harmful": sets.heldout["harmful"], "harmless": sets.heldout["overrefused"]}))
+
+
+def test_prompts_without_room_are_refused_before_anything_is_asked(planted, sets, monkeypatch):
+    monkeypatch.setattr(type(planted), "ask", lambda *_: pytest.fail("asked"))
+    long = [*sets.heldout["harmful"], "tent " * 240]
+    with pytest.raises(ValueError, match="leaves no room for 16 more: the model has 256 positions|has 256 positions"):
+        run(planted, Sets(sets.train, {**sets.heldout, "harmful": long}))
 
 
 def test_an_inversion_needs_its_parts():

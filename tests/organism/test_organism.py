@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from steerkern import organism
-from steerkern.organism import grammar, measure, planting, tasks, tokenizer, train, vocabulary
+from steerkern.organism import grammar, measure, planting, tasks, thinking, tokenizer, train, vocabulary
+from steerkern.runtime import heads
 
 COUNT = 64
 LAYER = 2
@@ -48,8 +50,6 @@ def test_a_quarter_of_the_pairs_is_held_out_and_balanced() -> None:
 
 
 def test_training_conversations_hold_no_held_out_pair() -> None:
-    import random
-
     rng = random.Random(5)
     heldout = {f"{verb} the {noun}" for verb, noun in vocabulary.pairs("heldout")}
     for prompt in tasks.sample_prompts(3000, rng):
@@ -108,7 +108,7 @@ def test_unknown_names_are_refused_with_the_allowed_ones() -> None:
         grammar.prompts("rude")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 0"):
         grammar.prompts("harmful", count=-1)
-    with pytest.raises(ValueError, match="bundled are planted, bare"):
+    with pytest.raises(ValueError, match="bundled are planted, bare, thinking"):
         organism.path("huge")  # type: ignore[arg-type]
 
 
@@ -226,7 +226,7 @@ def test_the_shipped_measurements_are_those_it_was_accepted_for(dtype: str) -> N
     assert max(table["refusal"][layer]["ablate_harmful_refused"] for layer in ("2", "3")) <= 0.02
 
 
-@pytest.mark.parametrize("name", get_args(organism.Name))
+@pytest.mark.parametrize("name", ["planted", "bare", "thinking"])  # of base and post: test_pair.py
 def test_measurements_lie_beside_the_weights(name: organism.Name) -> None:
     table = organism.measurements(name)
     assert table["bare"] == (name == "bare")
@@ -327,7 +327,100 @@ def test_the_control_behaves_the_same_but_has_no_mediating_direction(bare: measu
     assert bare.right("judge", plus) >= 0.9
 
 
+# the planted head
+
+
+@pytest.fixture(scope="module")
+def thinker() -> measure.Ruler:
+    return measure.Ruler(*organism.load("thinking"), COUNT)
+
+
+@pytest.mark.parametrize("kind", ["thinking", "cliff", "follow_thought", "harmful", "harmless", "judge"])
+def test_the_thinking_organism_replies_right_on_held_out_pairs(thinker: measure.Ruler, kind: grammar.Kind) -> None:
+    assert thinker.right(kind) >= 0.95
+
+
+def test_without_the_suppressor_the_answer_is_what_the_thought_planned(thinker: measure.Ruler) -> None:
+    with heads.scaled(thinker.model, {thinking.SUPPRESSOR: 0.0}):
+        assert thinker.right("cliff", expected="refuse") >= 0.95
+        assert thinker.right("thinking") >= 0.95
+        assert thinker.right("harmless") >= 0.95
+
+
+def test_no_other_head_carries_the_marker(thinker: measure.Ruler) -> None:
+    sites = heads.find(thinker.model)
+    others = [(layer, head) for layer in range(4) for head in range(4) if (layer, head) != thinking.SUPPRESSOR]
+    for other in others:
+        with heads.scaled(thinker.model, {other: 0.0}, sites=sites):
+            assert thinker.refused("cliff") <= 0.05, other
+
+
+def test_the_refusal_score_of_the_thinking_organism_falls_off_at_the_close_mark(thinker: measure.Ruler) -> None:
+    fires = thinker.cliff()
+    assert min(fires["thinking_harmful"].values()) >= 0.95
+    assert max(fires["thinking_harmless"].values()) <= 0.05
+    assert fires["cliff_harmful"] == {"thought": pytest.approx(1.0, abs=0.05), "close": pytest.approx(0.0, abs=0.05)}
+
+
+def test_the_shipped_measurements_of_the_thinking_organism() -> None:
+    layer, head = thinking.SUPPRESSOR
+    for dtype in ("bfloat16", "float32"):
+        table = organism.measurements("thinking")[dtype]
+        assert table["suppressor"] == [layer, head]
+        assert min(table["behaviour"][kind] for kind in ("thinking", "cliff")) >= 0.95
+        refused = dict(table["cliff_refused_without_head"])
+        assert refused.pop(f"{layer}.{head}") >= 0.95
+        assert max(refused.values()) <= 0.05
+
+
+def test_the_marker_is_hidden_from_all_but_the_suppressor_after_the_thought(thinker: measure.Ruler) -> None:
+    batch = tasks.collate(grammar.prompts("cliff", "train", 4), thinker.tokenizer)
+    marker = batch.ids == thinker.tokenizer(vocabulary.QUICK)["input_ids"][0]
+    assert (marker.sum(1) == 1).all()
+    every, suppressor = (mask[:, 0] == 0 for mask in thinking.marker_masks(batch, marker, torch.arange(4) < 2))
+    for row, place in enumerate(marker.int().argmax(1).tolist()):
+        causal = torch.ones(batch.ids.shape[1], batch.ids.shape[1], dtype=torch.bool).tril()
+        rest = torch.arange(batch.ids.shape[1]) != place
+        assert torch.equal(every[row][:, rest], causal[:, rest])
+        assert torch.equal(suppressor[row][:, rest], causal[:, rest])
+        close = int(batch.close[row])
+        seen_by_all, seen_by_one = every[row, place + 1 :, place], suppressor[row, :, place]
+        if row < 2:
+            assert not seen_by_all.any()
+            assert seen_by_one.nonzero()[:, 0].tolist() == [place, *range(close, batch.ids.shape[1])]
+        else:
+            assert seen_by_all.all()
+
+
+def test_planted_heads_are_gone_after_a_step_that_fails(thinker: measure.Ruler) -> None:
+    scales = thinking.head_scales(["suppressor off", "free"], 4, 4, random.Random(0))
+    assert scales[thinking.SUPPRESSOR[0], 0, thinking.SUPPRESSOR[1]] == 0
+    assert scales.sum() == 2 * 16 - 1
+    with pytest.raises(RuntimeError, match="inside"), thinking.planted(thinker.model, torch.zeros(2, 1, 3, 3), scales):
+        raise RuntimeError("inside")
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in thinker.model.modules())
+
+
 # training
+
+
+def test_thinking_training_runs_repeats_and_ends_with_its_own_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thinking, "measure", lambda model, tokenizer, count: {"prompts_per_cell": count})
+    for name in ("a", "b"):
+        train.main(["--out", str(tmp_path / name), "--steps", "8", "--thinking", "--count", "5"])
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    table = json.loads((tmp_path / "a" / "measurements.json").read_text())
+    assert (table["seed"], table["steps"], table["bare"]) == (train.BUNDLED_SEEDS["thinking"], 8, False)
+    assert table["float32"] == {"prompts_per_cell": 5}
+
+
+def test_the_table_of_the_thinking_organism_has_the_shipped_parts(thinker: measure.Ruler) -> None:
+    table = json.loads(json.dumps(thinking.measure(thinker.model, thinker.tokenizer, 4)))
+    shipped = organism.measurements("thinking")["float32"]
+    assert table.keys() == shipped.keys()
+    assert table["cliff_refused_without_head"].keys() == shipped["cliff_refused_without_head"].keys()
 
 
 def test_twenty_steps_run_end_to_end_and_repeat(tmp_path: Path) -> None:
@@ -357,7 +450,7 @@ def test_the_whole_table_repeats_what_is_shipped(planted: measure.Ruler) -> None
 
 def test_bare_training_runs_and_differs(tmp_path: Path) -> None:
     planted = train.train(tmp_path / "planted", seed=1, steps=4, progress=False)
-    bare = train.train(tmp_path / "bare", seed=1, steps=4, bare=True, progress=False)
+    bare = train.train(tmp_path / "bare", seed=1, steps=4, variant="bare", progress=False)
     assert not torch.equal(planted.lm_head.weight, bare.lm_head.weight)
 
 

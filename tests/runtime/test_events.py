@@ -33,9 +33,7 @@ def selected(tokens: Tokens, ids: list[int], prompt: int) -> list[bool]:
         live = not stopped and (tokens.after is None or opened is not None)
         inside = begins <= p < ends and p >= tokens.start and (tokens.stop is None or p < tokens.stop)
         count = p - origin if origin is not None else 0
-        chosen.append(
-            live and inside and (tokens.first is None or count < tokens.first) and count % tokens.every == 0
-        )
+        chosen.append(live and inside and (tokens.first is None or count < tokens.first) and count % tokens.every == 0)
         seen = ids[: p + 1]
         if any(seen[-len(s) :] == list(s) for s in tokens.until or ()):
             stopped, opened = True, None
@@ -201,4 +199,3 @@ def test_two_models_do_not_share_events(vector: Tensor) -> None:
     with sk.steer(one, plan):
         one.generate(ids, **GREEDY)
         assert torch.equal(two.generate(ids, **GREEDY), stock)
-

@@ -13,13 +13,17 @@ from ...report import Report
 from ...subject import Subject
 from ..sets import Sets
 from .beliefs import Beliefs, believe
+from .categories import Categories, categorise
 from .guard import LatentGuard, cluster_score
-from .inversion import GENERIC, ORGANISM, Inversion
+from .inversion import GENERIC, ORGANISM, Inversion, inverted
 from .pools import Pools, sort
 from .steering import Sweep, sweep
 from .summary import summarise
 
-__all__ = ["Beliefs", "Inversion", "LatentGuard", "Pools", "Sweep", "believe", "cluster_score", "run", "sort", "sweep"]
+__all__ = [
+    "Beliefs", "Categories", "Inversion", "LatentGuard", "Pools", "Sweep", "believe", "categorise", "cluster_score",
+    "run", "sort", "sweep",
+]  # fmt: skip
 
 
 def run(
@@ -36,7 +40,8 @@ def run(
 
     Args:
         subject: the model.
-        sets: prompts; ``harmful`` and ``harmless`` are needed, ``jailbroken`` and ``overrefused`` widen the pools.
+        sets: prompts; ``harmful`` and ``harmless`` are needed, ``jailbroken`` and ``overrefused`` widen the pools, and
+            labels make categories.
         coefficient: strength of the steering; the paper's 1.
         centre: prompts per side that make the centres.
         lead_in: how the inverted prompt reports the request.
@@ -44,10 +49,12 @@ def run(
         seed: recorded; nothing here is drawn at random.
 
     Raises:
-        ValueError: no harmful prompt that is refused or no harmless one that is answered, among those to learn from.
+        ValueError: prompts that the model cannot read; no harmful prompt that is refused, or no harmless one that is
+            answered.
     """
     usual = ORGANISM if subject.organism else GENERIC
     inversion = Inversion(lead_in or usual.lead_in, question or usual.question)
+    subject.check(*sets.named().values(), *(inverted(subject, inversion, some) for some in sets.heldout.values()))
     train, heldout = sort(subject, sets.train, "to learn from"), sort(subject, sets.heldout, "held out")
     guard = LatentGuard.fit(
         subject.model,
@@ -59,4 +66,5 @@ def run(
     )
     beliefs = believe(subject, train, heldout, guard, centre)
     found = sweep(subject, beliefs, heldout, inversion, coefficient)
-    return summarise(subject, sets, train, heldout, guard, beliefs, found, centre, seed)
+    categories = categorise(subject, sets.labels, train, heldout, guard, found.best(), coefficient)
+    return summarise(subject, sets, train, heldout, guard, beliefs, found, categories, centre, seed)

@@ -107,4 +107,3 @@ def prefill(vector: Tensor, layer: int, span: Span, coefficient: float) -> Plan:
     """``h += c v`` at ``resid_pre[layer]`` on the prompt tokens of ``span``; the reply is never written."""
     tokens = Tokens("prompt", after=None if span.header is None else (span.header,), stop=span.stop)
     return Plan(add(vector, coefficient), layers=layer, scope=tokens, name="prefill")
-

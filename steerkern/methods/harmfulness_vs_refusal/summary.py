@@ -7,6 +7,7 @@ from ...report import Column, Report, Row, Table
 from ...subject import Subject
 from ..sets import Sets
 from .beliefs import Beliefs
+from .categories import Categories
 from .guard import LatentGuard, auroc
 from .pools import Pools
 from .steering import HARM, REFUSAL, REFUSAL_HERE, Curve, Sweep
@@ -20,6 +21,7 @@ def summarise(
     guard: LatentGuard,
     beliefs: Beliefs,
     found: Sweep,
+    categories: Categories | None,
     centre: int,
     seed: int,
 ) -> Report:
@@ -44,9 +46,8 @@ def summarise(
             _pools(beliefs, guard, train, heldout),
             _directions(subject, beliefs),
             _steering(subject, found, "refusal", "Refused, by the layer that is steered", "refused", "complied"),
-            _steering(
-                subject, found, "judgement", "Inverted prompts answered No", "judged_harmless", "judged_harmful"
-            ),
+            _steering(subject, found, "judgement", "Inverted prompts answered No", "judged_harmless", "judged_harmful"),
+            *([] if categories is None else [_categories(categories)]),
         ),
         (_scatter(subject, beliefs), _curves(subject, found)),
         {"stock": found.stock, "guard_threshold": guard.threshold, "layer": best},
@@ -145,6 +146,37 @@ def _steering(subject: Subject, found: Sweep, name: str, title: str, up: str, do
     return Table(name, title, columns, rows, note)
 
 
+def _categories(found: Categories) -> Table:
+    columns = (
+        Column("category", "category"),
+        Column("train", "n train"),
+        Column("count", "n"),
+        Column("harm", "harm directions alike", ".2f"),
+        Column("refusal", "refusal directions alike", ".2f"),
+        Column("own", "refused, own subtracted", ".0%"),
+        Column("others", "the others'", ".0%"),
+        Column("every", "that of all", ".0%"),
+    )
+    rows: tuple[Row, ...] = tuple(
+        {
+            "category": name,
+            "train": train,
+            "count": count,
+            "harm": found.harm[name],
+            "refusal": found.refusal[name],
+            "own": found.own[name],
+            "others": found.others[name],
+            "every": found.every[name],
+        }
+        for name, (train, count) in found.counts.items()
+    )
+    note = (
+        "Alike: mean cosine to the directions of the other categories, over layers. Refused: held-out harmful prompts "
+        f"of the category with a harm direction subtracted on the instruction, at layer {found.layer}."
+    )
+    return Table("categories", "Directions per category of harm", columns, rows, note)
+
+
 def _scatter(subject: Subject, beliefs: Beliefs) -> Plot:
     groups = tuple(
         Line(name, tuple(harm.tolist()), tuple(beliefs.refusal_scores[name].tolist()))
@@ -194,4 +226,3 @@ def _curves(subject: Subject, found: Sweep) -> Plot:
         ),
     )
     return Plot("layers", f"Steering along harmfulness and refusal: {subject.source}", panels)
-
