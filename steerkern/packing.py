@@ -33,6 +33,8 @@ class Held:
     plan: Plan
     bank_rows: dict[int, list[int]]
     """``id`` of a :class:`~steerkern.edits.Rows` or Gate of the plan -> bank rows of its vectors."""
+    vectors: frozenset[int] = frozenset()
+    """The addresses of those vectors."""
     scale: float = 1.0
     changes: int = 0
     """How often the scale became another."""

@@ -61,6 +61,14 @@ class Block:
     slots: set[int] = field(default_factory=set)
 
 
+@dataclass
+class Shared:
+    """A bank row and the number of plans that use it: copies of a plan share their vectors."""
+
+    row: int
+    plans: int = 0
+
+
 class Program:
     """Plans for ``sites`` of a model of width ``H``, packed to tables on ``device``.
 
@@ -109,6 +117,7 @@ class Program:
         self._epoch = 1
         self._free_slots = list(range(capacity.slots - 1, -1, -1))
         self._free_rows = list(range(capacity.rows - 1, -1, -1))
+        self._shared: dict[int, Shared] = {}  # address of a vector -> its bank row
         self._filled = 0  # entries in use: 0.._filled-1
         self.entries_per_row = 0
         """Most entries that any slot holds at one site."""
@@ -182,17 +191,17 @@ class Program:
             raise PlanError(f"plan {plan.name!r} is in this session already; remove it or name the new one otherwise")
         self.check(plan)
         parts = {part: stack for step in plan.steps for edit in step.edits for part, stack in vectors(edit).items()}
-        needed = distinct(parts.values())
-        free = len(self._free_rows)
-        if len(needed) > free:
-            raise PlanError(
-                f"plan {plan.name!r} needs {len(needed)} bank rows, {free} of {self.capacity.rows} are free"
-            )
-        taken = {address: self._free_rows.pop() for address in needed}
-        for address, vector in needed.items():
-            self._bank[taken[address]].copy_(vector)
-        rows = {part: [taken[vector.data_ptr()] for vector in stack] for part, stack in parts.items()}
-        self._held[plan.name] = Held(plan, rows)
+        wanted = distinct(parts.values())
+        new, free = wanted.keys() - self._shared.keys(), len(self._free_rows)
+        if len(new) > free:
+            raise PlanError(f"plan {plan.name!r} needs {len(new)} bank rows, {free} of {self.capacity.rows} are free")
+        for address, vector in wanted.items():
+            if address in new:
+                self._shared[address] = Shared(self._free_rows.pop())
+                self._bank[self._shared[address].row].copy_(vector)
+            self._shared[address].plans += 1
+        rows = {part: [self._shared[vector.data_ptr()].row for vector in stack] for part, stack in parts.items()}
+        self._held[plan.name] = Held(plan, rows, frozenset(wanted))
         self.version += 1
 
     def remove(self, name: str) -> None:
@@ -201,7 +210,10 @@ class Program:
         steps = {(name, i) for i in range(len(held.plan.steps))}
         for slot in [slot for slot, (key, _) in self._keys.items() if not steps.isdisjoint(key)]:
             self._release(slot)
-        self._free_rows.extend({row for rows in held.bank_rows.values() for row in rows})
+        for address in held.vectors:
+            self._shared[address].plans -= 1
+            if not self._shared[address].plans:
+                self._free_rows.append(self._shared.pop(address).row)
         del self._held[name]
         self.version += 1
         self._upload()

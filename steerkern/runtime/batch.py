@@ -62,6 +62,8 @@ class Batch:
     """``[sites, prompts]``: what controllers gave."""
     decided: bool = False
     """Whether the prompts have been read and every decision about them made."""
+    written: dict[str, int] = field(default_factory=dict)
+    """Tokens that each plan wrote of a server's request, computed again ones included."""
 
     def __post_init__(self) -> None:
         if self.plans is not None and len(self.plans) != len(self.prompts):

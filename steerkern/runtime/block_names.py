@@ -49,7 +49,7 @@ class BlockNames:
         if self.changed:  # the tokens may have been written in any way: nobody else has such blocks
             return _renumbered(tokens, f"{self._digest} {self.batch.number}")
         first = min((first_written(step, prompts) for step in steps), default=len(tokens))
-        last = min((_first_by_length(step, prompts) for step in steps), default=len(tokens))
+        last = min((first_by_length(step, prompts) for step in steps), default=len(tokens))
         start = min(first // page * page, len(tokens))
         end = min(max(start, last // page * page), len(tokens))
         same = _renumbered(tokens[start:end], self._digest)
@@ -73,7 +73,7 @@ def first_written(step: Step, prompts: Prompts) -> int:
     return max(start, {"decode": prompts.length, "reply": prompts.length - 1}.get(tokens.phase, 0))
 
 
-def _first_by_length(step: Step, prompts: Prompts) -> int:
+def first_by_length(step: Step, prompts: Prompts) -> int:
     """The first position at which a step does another thing in a longer prompt that begins alike."""
     tokens, length = step.tokens, prompts.length
     ends = [length + p for p in tokens.positions or () if p < 0]

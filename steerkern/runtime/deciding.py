@@ -117,7 +117,7 @@ class Deciding:
         for part in parts:
             batch = part.batch
             if not batch.decided and part.past + part.tokens >= batch.prompts.length:
-                self._decide(batch, self._readings.pop(batch.number, Reading(batch)))
+                self.decide(batch, self._readings.pop(batch.number, Reading(batch)))
 
     def abandon(self) -> None:
         """Leave a forward that raised."""
@@ -216,7 +216,12 @@ class Deciding:
 
     # what is decided
 
-    def _decide(self, batch: Batch, reading: Reading) -> None:
+    def decide(self, batch: Batch, reading: Reading) -> None:
+        """Make every decision about a batch from the states of its prompts.
+
+        Raises:
+            PlanError: a state that ``reading`` lacks.
+        """
         gains: dict[Step, Tensor] = {}
         for step in batch.steps():
             if step.latch is not None and step.latch not in batch.open:
@@ -276,7 +281,7 @@ class Deciding:
             finally:
                 for handle in handles:
                     handle.remove()
-        self._decide(batch, reading)
+        self.decide(batch, reading)
 
 
 

@@ -6,7 +6,7 @@ apart from one that multiplies before it rounds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,10 +86,18 @@ def recognise_all(modules: Mapping[nn.Module, Called]) -> dict[nn.Module, NormSp
     return specs
 
 
-def recognise(module: nn.Module, width: int, dtype: torch.dtype) -> NormSpec | None:
+Run = Callable[[Any, Tensor], Any]
+"""Runs a norm module, or a twin of it, on rows ``[N, width]``."""
+
+
+def _forward(module: Any, rows: Tensor) -> Any:
+    return module.forward(rows)
+
+
+def recognise(module: nn.Module, width: int, dtype: torch.dtype, run: Run = _forward) -> NormSpec | None:
     """The convention that a module follows on rows ``[N, width]`` of ``dtype``; None if it follows none.
 
-    Rows of ordinary and of tiny size are compared, so that a wrong eps shows.
+    Rows of ordinary and of tiny size are compared, so that a wrong eps shows. ``run`` calls the module's code.
     """
     parameters = [p for p in module._parameters.values() if p is not None]
     if "forward" in vars(module) or not norm_like(module):
@@ -99,14 +107,14 @@ def recognise(module: nn.Module, width: int, dtype: torch.dtype) -> NormSpec | N
     device = parameters[0].device if parameters else torch.device("cpu")
     with torch.no_grad():
         try:
-            eps = _measure_eps(module, width, device)
+            eps = _measure_eps(module, width, device, run)
             if eps is None:
                 return None
             generator = torch.Generator().manual_seed(0)
             rows = torch.randn(8, width, generator=generator) * torch.tensor([[1.0], [3.0], [1e-1], [1e-3]] * 2) + 0.1
             rows = rows.to(device, dtype)
             twin = _twin(module, {n: torch.randn(width, generator=generator).to(rows) for n in _NAMES})
-            own = twin.forward(rows.clone())
+            own = run(twin, rows.clone())
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
             return None  # not code for rows of this shape
         if not isinstance(own, Tensor) or own.shape != rows.shape or own.dtype != rows.dtype:
@@ -130,7 +138,7 @@ def _twin(module: nn.Module, parameters: dict[str, Tensor]) -> Any:
     return twin
 
 
-def _measure_eps(module: nn.Module, width: int, device: torch.device) -> float | None:
+def _measure_eps(module: nn.Module, width: int, device: torch.device, run: Run) -> float | None:
     """The eps under the root, from the lengths at which a large and a tiny row of the same direction come out."""
     if width < 2:
         return None
@@ -139,7 +147,7 @@ def _measure_eps(module: nn.Module, width: int, device: torch.device) -> float |
     signs[width // 2 * 2 :] = 0.0  # the mean is 0: with or without centring
     rows = signs * torch.tensor([[1e4], [1e-8]], device=device)
     ones = {"weight": torch.ones(width, device=device), "bias": torch.zeros(width, device=device)}
-    out = _twin(module, ones).forward(rows.clone())
+    out = run(_twin(module, ones), rows.clone())
     if not isinstance(out, Tensor) or out.shape != rows.shape:
         return None
     large, tiny = (float(v) for v in out[:, 0].double())

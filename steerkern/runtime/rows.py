@@ -163,7 +163,7 @@ class RowMap:
             index = np.arange(part.past, part.past + part.tokens)
             for hit in hits:
                 for first, last in _runs(index[hit.mask]):
-                    self._written(hit.plan).note(None if row is None else row + hit.row, first, last)
+                    self._note(part.batch, row, hit, first, last)
 
     def finish(self) -> None:
         """Leave the forward: rows of a norm called outside one are nobody's."""
@@ -174,12 +174,15 @@ class RowMap:
         run = self._run
         if run is None:
             return
-        for row, past, hits in run.hits:
+        for part, (row, past, hits) in zip(run.parts, run.hits, strict=True):
             for hit in hits:
-                self._written(hit.plan).note(None if row is None else row + hit.row, past, past + run.steps - 1)
+                self._note(part.batch, row, hit, past, past + run.steps - 1)
 
-    def _written(self, name: str) -> Written:
-        return self.written.setdefault(name, Written())
+    def _note(self, batch: Batch, row: int | None, hit: Hit, first: int, last: int) -> None:
+        """A plan wrote the indices ``first..last`` of one sequence of a batch whose rows begin at ``row``."""
+        self.written.setdefault(hit.plan, Written()).note(None if row is None else row + hit.row, first, last)
+        if row is None:
+            batch.written[hit.plan] = batch.written.get(hit.plan, 0) + last - first + 1
 
     def _store(self, slots: list[Slots]) -> None:
         flat = slots[0].reshape(-1) if len(slots) == 1 else np.concatenate([part.reshape(-1) for part in slots])

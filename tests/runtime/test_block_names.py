@@ -101,8 +101,8 @@ def test_a_mean_over_the_prompt_is_read_from_all_of_it(model: LlamaForCausalLM) 
     latched = sk.Plan(ADD, layers=1, scope="decode", name="latched", latch=Latch((condition,)))
     prompt, seen = [*PREFIX, 7, 8, 9], []
     with sk.steer(model, latched, silent="ignore") as session, manager(model) as made:
-        decide = session._deciding._decide
-        session._deciding._decide = lambda batch, reading: (  # type: ignore[method-assign]
+        decide = session._deciding.decide
+        session._deciding.decide = lambda batch, reading: (  # type: ignore[method-assign]
             seen.extend(reading.counts.values()),
             decide(batch, reading),
         )[1]
