@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ from .decoder import block_input, block_output
 from .patch import suspended
 from .rows import Part
 from .sites import Anatomy
+from .verdicts import Reading, Verdicts
 
 Observer = Callable[[Tensor], None]
 
@@ -41,42 +40,11 @@ class _Seen(Exception):
     """Ends the run ahead after the last state that is read."""
 
 
-@dataclass
-class Reading:
-    """The states of one batch that its decisions ask for."""
-
-    batch: Batch
-    states: dict[Read, Tensor] = field(default_factory=dict)
-    """``[prompts, H]`` float32; of a mean, so far the sum."""
-    counts: dict[Read, Tensor] = field(default_factory=dict)
-    """``[prompts]``: tokens read."""
-
-    def take(self, read: Read, prompts: Tensor, states: Tensor) -> None:
-        """Take in ``states [k, H]`` of the prompts numbered ``prompts [k]``."""
-        total = len(self.batch.prompts)
-        if read not in self.states:
-            self.states[read] = states.new_zeros(total, states.shape[1], dtype=torch.float32)
-            self.counts[read] = torch.zeros(total, device=states.device)
-        self.states[read].index_add_(0, prompts, states.float())
-        self.counts[read].index_add_(0, prompts, torch.ones(len(prompts), device=states.device))
-
-    def stack(self, reads: tuple[Read, ...]) -> Tensor:
-        """``[prompts, R, H]``.
-
-        Raises:
-            PlanError: a state that no forward has shown.
-        """
-        for read in reads:
-            if read not in self.states or bool((self.counts[read] == 0).any()):
-                raise PlanError(f"{read}: the prompt ran before this session saw it, so nothing can be decided from it")
-        return torch.stack([self.states[read] / self.counts[read][:, None] for read in reads], 1)
-
-
-class Deciding:
+class Deciding(Verdicts):
     """Makes the decisions of the batches that a session runs."""
 
     def __init__(self, program: Program, anatomy: Anatomy, points: Sequence[Observed]) -> None:
-        self.program = program
+        super().__init__(program)
         self.anatomy = anatomy
         self.points = {point.number: point for point in points if point.number is not None}
         self._readings: dict[int, Reading] = {}
@@ -130,8 +98,7 @@ class Deciding:
     def drop(self, batch: Batch) -> None:
         """Forget a batch that ended."""
         self._readings.pop(batch.number, None)
-        if batch.gains is not None:
-            self.program.release(batch.owners)
+        super().drop(batch)
 
     # what is watched
 
@@ -145,7 +112,7 @@ class Deciding:
             self._look(read, *self._rows(part, read, offset), reading, None)
         always = [step for step in batch.steps() if step.each_token]
         if always:
-            self._set_gains(batch, {step: torch.zeros(len(batch.prompts), 1) for step in always})
+            self.set_gains(batch, {step: torch.zeros(len(batch.prompts), 1) for step in always})
         for step in always:
             assert step.controller is not None
             self._watch_each_token(step, part, offset)
@@ -160,7 +127,7 @@ class Deciding:
         def arrived(read: Read) -> None:
             missing.discard(read)
             if not missing:
-                self._set_gains(part.batch, {step: controller.gains(reading.stack(controller.reads))})
+                self.set_gains(part.batch, {step: controller.gains(reading.stack(controller.reads))})
 
         for read in controller.reads:
             self._look(read, rows, prompts, reading, arrived)
@@ -214,39 +181,6 @@ class Deciding:
         rows = [offset + i * times * part.tokens + k - part.past for i, k in enumerate(last)]
         return torch.tensor(rows), torch.arange(len(rows))
 
-    # what is decided
-
-    def decide(self, batch: Batch, reading: Reading) -> None:
-        """Make every decision about a batch from the states of its prompts.
-
-        Raises:
-            PlanError: a state that ``reading`` lacks.
-        """
-        gains: dict[Step, Tensor] = {}
-        for step in batch.steps():
-            if step.latch is not None and step.latch not in batch.open:
-                batch.open[step.latch] = step.latch.opens(reading.stack(step.latch.reads)).cpu().numpy()
-            if step.controller is not None and not step.controller.every_token:
-                gains[step] = step.controller.gains(reading.stack(step.controller.reads))
-        self._set_gains(batch, gains)
-        batch.decided = True
-
-    def _set_gains(self, batch: Batch, gains: dict[Step, Tensor]) -> None:
-        """Put ``[prompts, layers of the controller]`` of each step (or ``[prompts, 1]`` for all) where it acts."""
-        if not gains:
-            return
-        if batch.gains is None:
-            batch.gains = torch.ones(len(self.program.sites), len(batch.prompts), device=self.program.gain.device)
-        made = batch.gains
-        for step, values in gains.items():
-            assert step.controller is not None
-            batch.open[step.controller] = np.ones(len(batch.prompts), bool)
-            mine = torch.from_numpy(batch.has(step)).to(made.device)
-            for number, layer in self.program.places(step).items():
-                column = values[:, step.controller.layers.index(layer) if values.shape[1] > 1 else 0]
-                made[number] = torch.where(mine, column.to(made.device, torch.float32), made[number])
-        self.program.set_gains(batch.owners, made)
-
     # the run ahead
 
     def _run_ahead(self, part: Part, steps: Sequence[Step], inputs: dict[str, Any], parts: int) -> None:
@@ -282,7 +216,6 @@ class Deciding:
                 for handle in handles:
                     handle.remove()
         self.decide(batch, reading)
-
 
 
 def _spans(prompts: Any) -> list[tuple[int, int]]:

@@ -1,0 +1,114 @@
+"""The API process: requests are read, checked and given their tickets before the engine sees them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ...errors import SteerkernError
+from .asked import NAME, RECEIPT, SCALE, SCOPE, TICKET, Ticket, wishes
+from .library import Library, model_shape
+from .prefix_cache import salt
+from .settings import Settings, check_engine, settings_of
+
+
+class Admission:
+    """Turns what requests ask for into tickets.
+
+    Args:
+        settings: of the engine; None refuses whoever asks for steering.
+        vllm_config: the engine's configuration.
+
+    Raises:
+        PlanError, ArtifactError: a plan of the settings that cannot be loaded, or an engine that cannot be steered.
+    """
+
+    def __init__(self, settings: Settings | None, vllm_config: Any) -> None:
+        self.library: Library | None = None
+        self.receipts = False
+        """Whether the server can give receipts."""
+        self.running: dict[str, tuple[str, ...]] = {}
+        """Request -> digests of its plans, from its admission to its end."""
+        self._outside = vllm_config.kv_transfer_config is not None
+        if settings is not None:
+            check_engine(vllm_config)
+            width, layers = model_shape(vllm_config)
+            self.library = Library(settings, width, layers, vllm_config.speculative_config is not None)
+
+    @staticmethod
+    def of(vllm_config: Any) -> Admission:
+        """For an engine."""
+        return Admission(settings_of(vllm_config), vllm_config)
+
+    def check(self, extra_args: dict[str, Any] | None) -> None:
+        """Raise vLLM's error for a bad request, naming the field."""
+        self._ticket(extra_args or {}, 1 << 20)
+
+    def admit(self, request: Any) -> None:
+        """Give a request of the engine its ticket, in place of what it asked for.
+
+        Raises:
+            VLLMValidationError: a field that is not allowed, or plans that cannot act on this request.
+        """
+        params = request.sampling_params
+        if params is None:
+            return
+        given = params.extra_args or {}
+        ids = request.prompt_token_ids
+        ticket = self._ticket(given, len(ids) if ids is not None else request.prompt_embeds.shape[0])
+        if not given and ticket is None:
+            return
+        kept = {name: value for name, value in given.items() if not name.startswith(NAME)}
+        if ticket is not None:
+            kept[TICKET] = ticket.to_wire()
+            self.running[request.request_id] = tuple(one.digest for one in ticket.plans)
+            if self._outside:
+                request.cache_salt = salt(request.cache_salt, ticket)
+        params.extra_args = kept or None
+
+    def refuse_beams(self, asked: dict[str, Any] | None) -> None:
+        """Beam search takes no ``extra_args``, so a request that asks for plans would run plain."""
+        if self._ticket(asked or {}, 1 << 20) is not None:
+            raise _refusal("beam search cannot be steered: its beams are requests without extra arguments", NAME)
+
+    async def tracked(self, request_id: str, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """The outputs of a request, until whose end its plans are kept."""
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            self.running.pop(request_id, None)
+
+    def in_use(self, digest: str) -> bool:
+        """Whether a plan is on the shelf, or some request that was admitted has it."""
+        shelves = [] if self.library is None else list(self.library.shelves.values())
+        return any(shelf.plan.digest == digest for shelf in shelves) or any(
+            digest in digests for digests in list(self.running.values())
+        )
+
+    def _ticket(self, given: dict[str, Any], prompt: int) -> Ticket | None:
+        try:
+            asked = wishes(given)
+        except (TypeError, ValueError) as error:
+            raise _refusal(str(error), _field(str(error))) from None
+        receipt = given.get(RECEIPT, "")
+        if receipt and not self.receipts:
+            raise _refusal(f"{RECEIPT} needs a server that was started with VLLM_PLUGINS={NAME}", RECEIPT)
+        if self.library is None:
+            if asked:
+                raise _refusal(f'this engine was started without additional_config={{"{NAME}": ...}}', NAME)
+            return None
+        try:
+            return self.library.ticket(asked, prompt, receipt if isinstance(receipt, str) else "")
+        except (SteerkernError, TypeError, ValueError) as error:
+            raise _refusal(str(error), NAME) from None
+
+
+def _field(sentence: str) -> str:
+    return next((name for name in (SCALE, SCOPE, RECEIPT) if name in sentence), NAME)
+
+
+def _refusal(sentence: str, field: str) -> Exception:
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError(sentence, parameter=field)
