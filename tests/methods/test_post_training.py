@@ -308,6 +308,7 @@ def test_the_vector_is_written_on_the_period_and_the_token_before(base, told):
     def difference(prompts, sign):
         odds = []
         for prompt in prompts:
+
             def add(layer, site, h, last=prompt.t_inst):
                 if site == "resid_post" and layer in (1, 2):
                     h = h.clone()

@@ -59,9 +59,7 @@ def test_a_second_turn_whose_prompt_holds_the_first_reply(model: LlamaForCausalL
 
 
 @pytest.mark.parametrize(("names", "taken"), [(("all",), 112), (("all", "decode"), 64), (("prompt",), 64), ((), 112)])
-def test_how_much_of_the_first_turn_is_shared(
-    model: LlamaForCausalLM, names: tuple[str, ...], taken: int
-) -> None:
+def test_how_much_of_the_first_turn_is_shared(model: LlamaForCausalLM, names: tuple[str, ...], taken: int) -> None:
     with sk.steer(model, PLANS, silent="ignore"), manager(model) as made:
         made.add_request(PREFIX, request_id="a", plans=names, max_new_tokens=44)
         again = [*PREFIX, *answers(made, ["a"])["a"], 5, 6, 7]

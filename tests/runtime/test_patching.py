@@ -127,6 +127,7 @@ def brute_force(model, ids, tokens, put, score, lengths):
     """One forward per pair, layer and token, unpadded, with a hook written for it."""
     found = torch.empty(put.shape[:3])
     for n, layer, t in torch.cartesian_prod(*(torch.arange(k) for k in put.shape[:3])).tolist():
+
         def hook(block, args, out, n=n, layer=layer, t=t):
             out = out.clone()
             out[0, tokens[n, t]] = put[n, layer, t]

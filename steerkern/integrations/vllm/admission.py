@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 from ...errors import SteerkernError
-from .asked import NAME, RECEIPT, SCALE, SCOPE, TICKET, Ticket, wishes
+from .asked import RECEIPT, TICKET, FieldError, Ticket, wishes
 from .library import Library, model_shape
 from .prefix_cache import salt
-from .settings import Settings, check_engine, settings_of
+from .settings import NAME, Settings, check_engine, settings_of
 
 
 class Admission:
@@ -28,7 +29,8 @@ class Admission:
         self.receipts = False
         """Whether the server can give receipts."""
         self.running: dict[str, tuple[str, ...]] = {}
-        """Request -> digests of its plans, from its admission to its end."""
+        """Request of a server -> digests of its plans, from its admission to its end."""
+        self._tracks = False
         self._outside = vllm_config.kv_transfer_config is not None
         if settings is not None:
             check_engine(vllm_config)
@@ -41,8 +43,12 @@ class Admission:
         return Admission(settings_of(vllm_config), vllm_config)
 
     def check(self, extra_args: dict[str, Any] | None) -> None:
-        """Raise vLLM's error for a bad request, naming the field."""
-        self._ticket(extra_args or {}, 1 << 20)
+        """Raise vLLM's error for a bad request to a server, naming the field."""
+        self._tracks = True
+        given = extra_args or {}
+        if given.get(RECEIPT) and not self.receipts:
+            raise _refusal(f"{RECEIPT} needs a server that was started with VLLM_PLUGINS={NAME}", RECEIPT)
+        self._ticket(given, 1 << 20)
 
     def admit(self, request: Any) -> None:
         """Give a request of the engine its ticket, in place of what it asked for.
@@ -55,13 +61,16 @@ class Admission:
             return
         given = params.extra_args or {}
         ids = request.prompt_token_ids
-        ticket = self._ticket(given, len(ids) if ids is not None else request.prompt_embeds.shape[0])
+        length = len(ids) if ids is not None else request.prompt_embeds.shape[0]
+        with contextlib.nullcontext() if self.library is None else self.library.lock:
+            ticket = self._ticket(given, length)
+            if ticket is not None and self._tracks:
+                self.running[request.request_id] = tuple(one.digest for one in ticket.plans)
         if not given and ticket is None:
             return
         kept = {name: value for name, value in given.items() if not name.startswith(NAME)}
         if ticket is not None:
             kept[TICKET] = ticket.to_wire()
-            self.running[request.request_id] = tuple(one.digest for one in ticket.plans)
             if self._outside:
                 request.cache_salt = salt(request.cache_salt, ticket)
         params.extra_args = kept or None
@@ -72,7 +81,7 @@ class Admission:
             raise _refusal("beam search cannot be steered: its beams are requests without extra arguments", NAME)
 
     async def tracked(self, request_id: str, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """The outputs of a request, until whose end its plans are kept."""
+        """The outputs of a request, to whose end its plans are kept."""
         try:
             async for output in outputs:
                 yield output
@@ -80,35 +89,34 @@ class Admission:
             self.running.pop(request_id, None)
 
     def in_use(self, digest: str) -> bool:
-        """Whether a plan is on the shelf, or some request that was admitted has it."""
-        shelves = [] if self.library is None else list(self.library.shelves.values())
-        return any(shelf.plan.digest == digest for shelf in shelves) or any(
-            digest in digests for digests in list(self.running.values())
-        )
+        """Whether a plan can be asked for, or some request that was admitted has it."""
+        assert self.library is not None
+        with self.library.lock:
+            shelves = self.library.shelves.values()
+            return any(shelf.plan.digest == digest for shelf in shelves) or any(
+                digest in digests for digests in self.running.values()
+            )
 
     def _ticket(self, given: dict[str, Any], prompt: int) -> Ticket | None:
         try:
             asked = wishes(given)
-        except (TypeError, ValueError) as error:
-            raise _refusal(str(error), _field(str(error))) from None
-        receipt = given.get(RECEIPT, "")
-        if receipt and not self.receipts:
-            raise _refusal(f"{RECEIPT} needs a server that was started with VLLM_PLUGINS={NAME}", RECEIPT)
+        except FieldError as error:
+            raise _refusal(str(error), error.field) from None
+        receipt = given.get(RECEIPT) or ""
+        if not isinstance(receipt, str):
+            raise _refusal(f"{RECEIPT} must be the name of a receipt, got {receipt!r}", RECEIPT)
         if self.library is None:
             if asked:
                 raise _refusal(f'this engine was started without additional_config={{"{NAME}": ...}}', NAME)
             return None
         try:
-            return self.library.ticket(asked, prompt, receipt if isinstance(receipt, str) else "")
+            return self.library.ticket(asked, prompt, receipt)
         except (SteerkernError, TypeError, ValueError) as error:
             raise _refusal(str(error), NAME) from None
-
-
-def _field(sentence: str) -> str:
-    return next((name for name in (SCALE, SCOPE, RECEIPT) if name in sentence), NAME)
 
 
 def _refusal(sentence: str, field: str) -> Exception:
     from vllm.exceptions import VLLMValidationError
 
-    return VLLMValidationError(sentence, parameter=field)
+    refusal: Exception = VLLMValidationError(sentence, parameter=field)
+    return refusal

@@ -22,6 +22,14 @@ MAX_PLANS = 8
 """Plans of one request."""
 
 
+class FieldError(ValueError):
+    """A field of a request that is not allowed."""
+
+    def __init__(self, field: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.field = field
+
+
 class Wish(NamedTuple):
     """One plan that a request asks for."""
 
@@ -35,25 +43,27 @@ def wishes(extra_args: Mapping[str, Any]) -> list[Wish] | None:
     """The plans that a request asks for; an empty list leaves it alone, None is nothing said.
 
     Raises:
-        ValueError, TypeError: naming the field.
+        FieldError: naming the field.
     """
     own = {name: value for name, value in extra_args.items() if name.startswith(NAME)}
     unknown = sorted(own.keys() - {NAME, SCALE, SCOPE, RECEIPT})
     if unknown:
-        raise ValueError(f"{unknown[0]} is no field; known are {NAME}, {SCALE}, {SCOPE} and {RECEIPT}")
+        known = f"{NAME}, {SCALE}, {SCOPE} and {RECEIPT}"
+        raise FieldError(unknown[0], f"{unknown[0]} is no field; known are {known}")
     if NAME not in own:
         if SCALE in own or SCOPE in own:
-            raise ValueError(f"{SCALE if SCALE in own else SCOPE} needs {NAME}, the plan that it is meant for")
+            field = SCALE if SCALE in own else SCOPE
+            raise FieldError(field, f"{field} needs {NAME}, the plan that it is meant for")
         return None
     defaults = {"scale": own.get(SCALE, 1.0), "scope": own.get(SCOPE)}
     given = _parsed(own[NAME])
     several = given if isinstance(given, (list, tuple)) else [given]
     if len(several) > MAX_PLANS:
-        raise ValueError(f"{NAME} names {len(several)} plans, allowed are {MAX_PLANS}")
+        raise FieldError(NAME, f"{NAME} names {len(several)} plans, allowed are {MAX_PLANS}")
     made = [wish for one in several if (wish := _wish(one, defaults)) is not None]
     names = [wish.name for wish in made]
     if len(set(names)) < len(names):
-        raise ValueError(f"{NAME} names a plan twice: {names}")
+        raise FieldError(NAME, f"{NAME} names a plan twice: {names}")
     return [wish for wish in made if wish.scale]
 
 
@@ -63,7 +73,7 @@ def _parsed(given: object) -> object:
     try:
         parsed: object = json.loads(given)
     except ValueError as error:
-        raise ValueError(f"{NAME} is no JSON: {error}") from None
+        raise FieldError(NAME, f"{NAME} is no JSON: {error}") from None
     return parsed
 
 
@@ -72,14 +82,19 @@ def _wish(given: object, defaults: Mapping[str, Any]) -> Wish | None:
         return None
     fields = {"plan": given} if isinstance(given, str) else given
     if not isinstance(fields, Mapping) or not isinstance(fields.get("plan"), str):
-        raise TypeError(f"{NAME} must be a plan's name or {{'plan': name, ...}}, got {reprlib.repr(given)}")
+        allowed = "a plan's name or {'plan': name, ...}"
+        raise FieldError(NAME, f"{NAME} must be {allowed}, got {reprlib.repr(given)}")
     unknown = sorted(set(fields) - {"plan", "scale", "scope"})
     if unknown:
-        raise ValueError(f"{NAME}.{unknown[0]} is no field; known are plan, scale and scope")
+        raise FieldError(NAME, f"{NAME}.{unknown[0]} is no field; known are plan, scale and scope")
     scope = fields.get("scope", defaults["scope"])
     if scope is not None and scope not in PHASES:
-        raise ValueError(f"{SCOPE} must be one of {', '.join(PHASES)}, got {reprlib.repr(scope)}")
-    return Wish(fields["plan"], check_scale(fields.get("scale", defaults["scale"]), SCALE), scope)
+        raise FieldError(SCOPE, f"{SCOPE} must be one of {', '.join(PHASES)}, got {reprlib.repr(scope)}")
+    try:
+        scale = check_scale(fields.get("scale", defaults["scale"]), SCALE)
+    except (TypeError, ValueError) as error:
+        raise FieldError(SCALE, str(error)) from None
+    return Wish(fields["plan"], scale, scope)
 
 
 class Variant(NamedTuple):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,12 +37,12 @@ HELD = f"_{NAME}"
 def install() -> None:
     """Wrap everything, once per process."""
     for module, owner, name, around in _HOOKS:
-        _wrap(module, owner, name, around)
+        wrap(module, owner, name, around)
     worker: Any = importlib.import_module("vllm.v1.worker.worker_base").WorkerBase
     worker.steerkern = _rpc
 
 
-def _wrap(module: str, owner: str, name: str, around: Callable[..., Any]) -> None:
+def wrap(module: str, owner: str, name: str, around: Callable[..., Any]) -> None:
     """Let ``around(stock, *args, **kwargs)`` stand in for a method or function.
 
     Raises:
@@ -71,7 +72,16 @@ def _wrap(module: str, owner: str, name: str, around: Callable[..., Any]) -> Non
 
 def _init_processor(stock: Any, processor: Any, *args: Any, **kwargs: Any) -> None:
     stock(processor, *args, **kwargs)
-    processor.__dict__[HELD] = Admission.of(processor.vllm_config)
+    admission = processor.__dict__[HELD] = Admission.of(processor.vllm_config)
+    for kind, owner in (("completion", "CompletionRequest"), ("chat_completion", "ChatCompletionRequest")):
+        module = f"vllm.entrypoints.openai.{kind}.protocol"
+        if module in sys.modules:  # in a server they are loaded long before
+            wrap(module, owner, "to_beam_search_params", functools.partial(_beam_search, admission))
+
+
+def _beam_search(admission: Admission, stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    admission.refuse_beams(request.vllm_xargs)
+    return stock(request, *args, **kwargs)
 
 
 def _process_inputs(stock: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +205,7 @@ def _prepare_inputs_v2(stock: Any, runner: Any, scheduled: Any, *args: Any, **kw
 
 
 def _rpc(worker: Any, verb: str, *args: Any) -> Any:
-    """What ``collective_rpc("steerkern", args=(verb, ...))`` does in each worker; a refusal is returned as a sentence."""
+    """What ``collective_rpc("steerkern", args=(verb, ...))`` does in each worker."""
     from .remote import VERBS
 
     steering = _steering(worker.model_runner)

@@ -50,15 +50,16 @@ class Library:
         self.speculative = speculative
         """Whether the engine guesses tokens ahead, so that a forward's positions may be taken back."""
         self.shelves: dict[str, Shelf] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held while a request is admitted, so that its plans are not let go meanwhile."""
         sites = [Site(i, name) for i in range(layers) for name in ("resid_pre", "resid_mid")]
         self._sites = (*sites, Site(layers - 1, "resid_post"))
         self._admitted = functools.lru_cache(maxsize=4096)(self._check)
         for name, source in settings.plans.items():
-            self.put(name, Plan.from_pretrained(source), source)
+            self.put(self.shelf(name, Plan.from_pretrained(source), source))
 
-    def put(self, name: str, plan: Plan, source: str, scale: object = 1.0) -> None:
-        """Make a plan available.
+    def shelf(self, name: str, plan: Plan, source: str, scale: object = 1.0) -> Shelf:
+        """A plan that could be put up under a name.
 
         Raises:
             ValueError, TypeError: a name or scale that is none.
@@ -68,18 +69,21 @@ class Library:
         if name == PLAIN:
             raise ValueError(f"{PLAIN!r} means no plan and cannot name one")
         named = plan.named(name)
-        check_servable(named)
-        with self._lock:
-            if name in self.shelves:
-                raise PlanError(f"plan {name!r} is loaded already; unload it first or name the new one otherwise")
-            if len(self.shelves) >= self.settings.max_plans:
-                raise PlanError(f"plan {name!r}: {len(self.shelves)} plans are loaded, max_plans allows no more")
-            self._check((named,))
-            self.shelves[name] = Shelf(named, source, factor)
+        if name in self.shelves:
+            raise PlanError(f"plan {name!r} is loaded already; unload it first or name the new one otherwise")
+        if len(self.shelves) >= self.settings.max_plans:
+            raise PlanError(f"plan {name!r}: {len(self.shelves)} plans are loaded, max_plans allows no more")
+        self._check((named,))
+        return Shelf(named, source, factor)
+
+    def put(self, shelf: Shelf) -> None:
+        """Let requests to come ask for a plan."""
+        with self.lock:
+            self.shelves[shelf.plan.name] = shelf
 
     def take(self, name: str) -> Shelf:
         """Make a plan unavailable to requests to come; UnknownPlan if there is none of that name."""
-        with self._lock:
+        with self.lock:
             shelf = self.get(name)
             if name == self.settings.default:
                 raise PlanError(f"plan {name!r} is the server's default and stays")
@@ -88,7 +92,7 @@ class Library:
     def rescale(self, name: str, scale: object) -> None:
         """Set the strength that requests from now on get; ValueError, TypeError or UnknownPlan, and nothing changed."""
         factor = check_scale(scale, "scale")
-        with self._lock:
+        with self.lock:
             self.shelves[name] = replace(self.get(name), scale=factor)
 
     def get(self, name: str) -> Shelf:
@@ -105,7 +109,7 @@ class Library:
         Raises:
             PlanError: an unknown plan, or plans that cannot act on this request or not together.
         """
-        with self._lock:
+        with self.lock:
             if asked is None:
                 asked = [] if self.settings.default is None else [Wish(self.settings.default)]
             chosen = [(self.get(wish.name), wish) for wish in asked]

@@ -26,7 +26,8 @@ Norm = Callable[..., Normed]
 def stand_in(spec: NormSpec, program: Program, number: int, rows: RowMap, backend: str, reads: Reads) -> Norm:
     """What takes the place of a norm's code at site ``number`` of the program."""
     tables, slot, width = program.tables(number), rows.slot, spec.width
-    module, eps, norm = spec.module, spec.eps, int(spec.norm)
+    eps, norm = spec.eps, int(spec.norm)
+    module: Any = spec.module
     shown = reads.states.get(number)
     kernel = cpu.bind(tables, width, spec.dtype, norm, eps).full if backend == "cpu" else None
 

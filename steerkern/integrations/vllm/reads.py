@@ -1,7 +1,7 @@
 """States that decisions ask for, kept by the forward itself: rows of the residual stream, copied to a fixed place.
 
-A forward's graph may be compiled or captured, so the copy is an op of that graph: it takes the rows that the step wants,
-one for each request whose prompt ends in it.
+A forward's graph may be compiled or captured, so the copy is an op of that graph: it takes the rows that the step
+wants, one for each request whose prompt ends in it.
 """
 
 from __future__ import annotations

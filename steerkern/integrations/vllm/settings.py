@@ -71,7 +71,7 @@ def settings_of(vllm_config: Any) -> Settings | None:
     own = given[NAME]
     if not isinstance(own, Mapping):
         raise TypeError(f"additional_config.steerkern must be an object, got {reprlib.repr(own)}")
-    known = [name for name in Settings.__dataclass_fields__]
+    known = list(Settings.__dataclass_fields__)
     unknown = sorted(set(own) - set(known) - {INSTALLED})
     if unknown:
         raise ValueError(f"steerkern.{unknown[0]} is no setting; known are {', '.join(known)}")

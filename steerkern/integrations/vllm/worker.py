@@ -243,12 +243,14 @@ class Steering:
     # a forward
 
     def forward(self, names: Sequence[str], past: Sequence[int], tokens: Sequence[int]) -> None:
-        """Fill the row map for a forward of ``tokens[i]`` rows of request ``names[i]`` after ``past[i]`` cached ones."""
+        """Fill the row map for a forward of ``tokens[i]`` rows of request ``names[i]``, after ``past[i]`` cached."""
         self._decide()
         if not self.requests:
             self._clear(0)
             return
-        parts, wanted, at = [], [], 0
+        parts: list[Part] = []
+        wanted: list[int] = []
+        at = 0
         for name, start, count in zip(names, past, tokens, strict=True):
             held = self.requests.get(name)
             batch = self._plain if held is None else held.batch

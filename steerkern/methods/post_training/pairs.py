@@ -108,9 +108,7 @@ def bundled() -> Statements:
     return Statements(train, heldout)
 
 
-def ask(
-    tokenizer: Any, question: Question, pairs: Sequence[Pair], examples: Sequence[Pair], seed: int = 0
-) -> Asked:
+def ask(tokenizer: Any, question: Question, pairs: Sequence[Pair], examples: Sequence[Pair], seed: int = 0) -> Asked:
     """Prompts for both statements of every pair, behind the same demonstrations, drawn from ``examples``.
 
     Raises:
@@ -143,9 +141,7 @@ def _frame(question: Question, pair: Pair, examples: Sequence[Pair], rng: random
     if len(pool) < question.demonstrations:
         raise ValueError(f"{question.demonstrations} demonstrations need as many other pairs, there are {len(pool)}")
     chosen = rng.sample(pool, question.demonstrations)
-    shown = [
-        (p.true, question.true) if i % 2 == 0 else (p.false, question.false) for i, p in enumerate(chosen)
-    ]
+    shown = [(p.true, question.true) if i % 2 == 0 else (p.false, question.false) for i, p in enumerate(chosen)]
     rng.shuffle(shown)
     return "".join(f"{text}{question.suffix}{label}\n" for text, label in shown)
 

@@ -71,9 +71,7 @@ def ablation(unit: Tensor, depth: int) -> Plan:
     return (inner + Plan(edit, layers=depth - 1, site="resid_post", name="ablate")).named("ablate")
 
 
-def transfer(
-    subjects: tuple[Subject, Subject], sets: Sets, layer: int | None, coefficient: float | None
-) -> Transfer:
+def transfer(subjects: tuple[Subject, Subject], sets: Sets, layer: int | None, coefficient: float | None) -> Transfer:
     """Directions of both models from the training prompts, and their effects on the held-out ones.
 
     ``layer`` None takes the one at which the more refusing model's own direction does most on training prompts.
@@ -102,9 +100,7 @@ def transfer(
             questions.append((ablation(unit, subject.depth), heldout["harmful"]))
         rates = subject.refusals(f"refusal directions in {subject.source}", questions)
         shares.update({(a, b): Refused(*rates[2 * a : 2 * a + 2]) for a in (0, 1)})
-    return Transfer(
-        (found[0], found[1]), cosines, layer, (strengths[0], strengths[1]), (stock[0], stock[1]), shares
-    )
+    return Transfer((found[0], found[1]), cosines, layer, (strengths[0], strengths[1]), (stock[0], stock[1]), shares)
 
 
 def _stock(subject: Subject, harmless: Sequence[Asked], harmful: Sequence[Asked]) -> tuple[float, float]:
