@@ -68,7 +68,7 @@ def expected(model: Path, plans: Mapping[str, sk.Plan], asks: Sequence[Ask]) -> 
         with sk.steer(loaded, several, silent="ignore") if several else contextlib.nullcontext():
             ids = torch.tensor([ask.prompt])
             made = loaded.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=ask.new, do_sample=False, eos_token_id=-1,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=ask.new, min_new_tokens=ask.new, do_sample=False,
                 pad_token_id=0,
             )  # fmt: skip
         replies.append(made[0, len(ask.prompt) :].tolist())

@@ -54,16 +54,19 @@ FAMILIES = [
     Family("qwen2", "Qwen2Config"),
     Family("qwen3", "Qwen3Config"),
     Family("gemma", "GemmaConfig"),
-    Family("gemma2", "Gemma2Config", {**WINDOW, "query_pre_attn_scalar": 32}),
+    Family("gemma2", "Gemma2Config", {**WINDOW, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}),
     Family("gemma3_text", "Gemma3TextConfig", {**WINDOW, "query_pre_attn_scalar": 32}),
     Family("phi3", "Phi3Config"),
     Family("granite", "GraniteConfig", {"residual_multiplier": 0.5}),
     Family("mixtral", "MixtralConfig", MOE),
     Family("qwen3_moe", "Qwen3MoeConfig", MOE),
     Family("gpt2", "GPT2Config", {"n_positions": 256, "n_inner": 128}),
-    Family("cohere", "CohereConfig"),
 ]
 LLAMA = FAMILIES[0]
+REFUSED = [
+    (Family("olmo2", "Olmo2Config"), "no norm reads what the block is given"),
+    (Family("cohere", "CohereConfig"), "no norm reads what the block is given"),
+]
 
 
 @functools.cache
