@@ -94,10 +94,10 @@ class Watched:
 
     def norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A norm was called."""
-        read = self.storages([*args, *kwargs.values()])
-        if read:
+        read, returned = self.storages([*args, *kwargs.values()]), self.storages([output])
+        if read and returned:  # a projection whose weights were packed away looks like a norm without any
             dtype = next(a.dtype for a in [*args, *kwargs.values()] if isinstance(a, Tensor))
-            self.norms.append(NormCall(module, self.inside, read, self.storages([output]), dtype))
+            self.norms.append(NormCall(module, self.inside, read, returned, dtype))
 
 
 def examine(model: nn.Module, vllm_config: Any) -> Anatomy:

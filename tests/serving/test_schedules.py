@@ -1,0 +1,86 @@
+"""What the scheduler does with a request does not show in its reply: chunks, preemption, padding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.serving.asked import Ask, engine, expected, folders, mixed_asks, mixed_plans
+from tests.serving.models import LLAMA, saved
+
+pytestmark = pytest.mark.runner
+PLANS = mixed_plans()
+
+
+def test_a_mixed_batch() -> None:
+    model, asks = saved(LLAMA), mixed_asks()
+    with engine(model, {"plans": folders(PLANS)}) as served:
+        assert served.tokens(asks) == expected(model, PLANS, asks)
+        assert served.workers("summary")[0]["requests"] == len([ask for ask in asks if ask.plans])
+
+
+@pytest.mark.parametrize("tokens", [9, 16])
+def test_prompts_in_chunks(tokens: int) -> None:
+    model, asks = saved(LLAMA), mixed_asks()
+    with engine(model, {"plans": folders(PLANS)}, max_num_batched_tokens=tokens) as served:
+        assert served.tokens(asks) == expected(model, PLANS, asks)
+
+
+def test_requests_that_are_preempted_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted: list[str] = []
+    _before(monkeypatch, Scheduler, "_preempt_request", lambda scheduler, request, *_: preempted.append(request))
+    numbers = random.Random(0)
+    named = ["early", "everywhere", None, "last", "prompted", ["early", "everywhere"]]
+    asks = [Ask(tuple(numbers.choices(range(3, 500), k=20 + 3 * i)), plans, 60) for i, plans in enumerate(named)]
+    model = saved(LLAMA)
+    with engine(model, {"plans": folders(PLANS)}, num_gpu_blocks_override=10, max_model_len=128) as served:
+        found = served.tokens(asks)
+    assert len(preempted) >= 2
+    assert found == expected(model, PLANS, asks)
+
+
+def test_rows_of_padding_are_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As captured graphs have them: each forward runs rows after its batch's."""
+    padded = _pad_forwards(monkeypatch)
+    model, asks = saved(LLAMA), mixed_asks()
+    with engine(model, {"plans": folders(PLANS)}) as served:
+        assert served.tokens(asks) == expected(model, PLANS, asks)
+    assert sum(after > before for before, after in padded) >= 8
+
+
+def _before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, told: Callable[..., Any]) -> None:
+    stock = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        told(*args)
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def _pad_forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Round the rows of each forward of V1 up to 16; returns where the numbers before and after are noted."""
+    import dataclasses
+    import os
+
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        pytest.skip("V2 takes the rows of a forward from the graph that it captured")
+    stock, noted = CudagraphDispatcher.dispatch, []
+
+    def dispatch(self: Any, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        mode, descriptor = stock(self, num_tokens, *args, **kwargs)
+        rows = -(-num_tokens // 16) * 16
+        noted.append((num_tokens, rows))
+        return mode, descriptor._replace(num_tokens=rows) if isinstance(descriptor, tuple) else dataclasses.replace(
+            descriptor, num_tokens=rows
+        )
+
+    monkeypatch.setattr(CudagraphDispatcher, "dispatch", dispatch)
+    return noted
