@@ -152,6 +152,11 @@ class Plan:
         number = finite(factor, "scale", nonzero=True)
         return self._of(self.name, tuple(replace(step, scale=step.scale * number) for step in self.steps))
 
+    def scoped(self, scope: Scope) -> Plan:
+        """The same plan on other tokens, all its steps alike; ValueError for a scope that is none."""
+        tokens = parse_scope(scope)
+        return self._of(self.name, tuple(replace(step, tokens=tokens) for step in self.steps))
+
     @classmethod
     def _of(cls, name: str, steps: tuple[Step, ...]) -> Plan:
         plan = cls.__new__(cls)
