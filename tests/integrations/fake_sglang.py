@@ -13,7 +13,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +192,7 @@ class FakeSGLang:
 
 def _registry() -> Any:
     class HookRegistry:
-        hooks: dict[str, list[tuple[Callable[..., Any], HookType]]] = defaultdict(list)
+        hooks: ClassVar[dict[str, list[tuple[Callable[..., Any], HookType]]]] = defaultdict(list)
 
         @classmethod
         def register(cls, target: str, hook: Callable[..., Any], hook_type: HookType = HookType.AFTER) -> None:

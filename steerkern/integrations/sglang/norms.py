@@ -118,8 +118,8 @@ class FusedNorm:
     def __init__(self, site: Site, spec: NormSpec, tables: Tables, rows: RowMap) -> None:
         self.site, self.spec, self.tables, self.rows = site, spec, tables, rows
         self.called = False
-        self.streams: set[int] | None = None
-        """Storages that passed between blocks in the current forward, until the norm was seen to read one."""
+        self.streams: list[Tensor] | None = None
+        """What entered the current block, or left the last one, until the norm was seen to read one of these."""
 
     def forward(
         self,
@@ -160,7 +160,8 @@ class FusedNorm:
 
     def _check_call(self, x: Tensor, residual: Tensor | None) -> None:
         if self.streams is not None:
-            if residual is None and x.untyped_storage().data_ptr() not in self.streams:
+            storages = {tensor.untyped_storage().data_ptr() for tensor in self.streams}
+            if residual is None and x.untyped_storage().data_ptr() not in storages:
                 raise PlanError(f"{self.site}: its norm reads another tensor than the residual stream")
             self.streams = None
         count = x.numel() // self.spec.width

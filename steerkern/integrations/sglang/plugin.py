@@ -29,8 +29,9 @@ TARGETS = {
 PLAIN = {
     "speculative_algorithm": None, "dllm_algorithm": None, "disaggregation_mode": "null", "attn_cp_size": 1,
     "dcp_size": 1, "enable_dp_attention": False, "enable_two_batch_overlap": False,
-    "enable_single_batch_overlap": False, "enable_pdmux": False, "enable_layernorm_sp": False, "enable_attn_tp_input_scattered": False,
-    "enable_aiter_allreduce_fusion": False, "enable_nvidia_megakernel": False, "enable_amd_monokernel": False,
+    "enable_single_batch_overlap": False, "enable_pdmux": False, "enable_layernorm_sp": False,
+    "enable_attn_tp_input_scattered": False, "enable_aiter_allreduce_fusion": False,
+    "enable_nvidia_megakernel": False, "enable_amd_monokernel": False,
 }  # fmt: skip
 """Server arguments that split or move the rows of a forward, or fuse the norms away: only these values are steered."""
 

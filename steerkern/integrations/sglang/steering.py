@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import PlanError
 from ...packing import Site, vectors
@@ -147,17 +147,18 @@ class Steering:
 
     def _watch(self, blocks: Sequence[nn.Module]) -> list[Any]:
         """Note what passes between blocks, for the norms to compare with what they are fed, in the first forward."""
-        streams: set[int] = set()
+        streams: list[Tensor] = []  # alive, so that no other tensor takes their place in memory
         for norm in self.norms:
             norm.streams = streams
 
         def note(*given: object) -> None:
-            if torch.compiler.is_compiling():
-                return
-            streams.update(tensor.untyped_storage().data_ptr() for tensor in tensors(given[1:]))
+            if not torch.compiler.is_compiling():
+                streams[:] = tensors(given)
 
-        handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
-        return [*handles, blocks[-1].register_forward_hook(note)]
+        entered = [
+            block.register_forward_pre_hook(lambda _, *given: note(*given), with_kwargs=True) for block in blocks
+        ]
+        return [*entered, blocks[-1].register_forward_hook(lambda _, args, output: note(output))]
 
     def _unwatch(self) -> None:
         for handle in self._handles:
