@@ -266,7 +266,7 @@ def test_a_plan_of_another_model_stops_the_server(fake: FakeSGLang) -> None:
         (lambda v: sk.Plan(sk.add(v), site="resid_mid", name="p"), "plan 'p' writes resid_mid"),
         (lambda v: sk.Plan(sk.add(v), scope=sk.Tokens(after=(3,)), name="p"), "plan 'p' waits for an event"),
         (
-            lambda v: sk.Plan(sk.add(v), latch=sk.Latch(sk.cast(v, 1, 0.1)), name="p"),
+            lambda v: sk.Plan(sk.add(v), latch=sk.Latch([sk.cast(v, 1, 0.1)]), name="p"),
             "plan 'p' decides from the prompt",
         ),
     ],
