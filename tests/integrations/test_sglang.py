@@ -14,8 +14,9 @@ from transformers import LlamaForCausalLM
 
 import steerkern as sk
 from steerkern.integrations import sglang
-from steerkern.integrations.sglang import plugin
-from steerkern.integrations.sglang.steering import AT_ONCE
+from steerkern.integrations.sglang import norms
+from steerkern.integrations.sglang.plans import Plans
+from steerkern.integrations.sglang.steering import AT_ONCE, Request, Steering
 from tests.integrations.fake_sglang import Engine, FakeSGLang, ForCausalLM, ForwardMode, ServerArgs
 from tests.runtime.models import LAYERS, VOCABULARY, WIDTH, tiny_llama
 
@@ -67,13 +68,19 @@ def prompt(seed: int, length: int = 9) -> list[int]:
     return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+EXPECTED: dict[tuple[Any, ...], tuple[list[int], torch.Tensor]] = {}
+
+
 def expected(model: LlamaForCausalLM, ids: list[int], plan: sk.Plan | None) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens of transformers under a session, and the logits they were taken from."""
-    options: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-    options |= {"output_logits": True, "return_dict_in_generate": True}
-    with sk.steer(model, plan if plan is not None else []):
-        out = model.generate(torch.tensor([ids]), **options)
-    return out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits)
+    key = (*ids, plan and plan.digest)
+    if key not in EXPECTED:
+        options: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+        options |= {"output_logits": True, "return_dict_in_generate": True}
+        with sk.steer(model, plan if plan is not None else []):
+            out = model.generate(torch.tensor([ids]), **options)
+        EXPECTED[key] = out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits)
+    return EXPECTED[key]
 
 
 def check(req: Any, model: LlamaForCausalLM, plan: sk.Plan | None) -> None:
@@ -351,42 +358,65 @@ def test_forwards_of_another_kind_are_refused(engine: Engine) -> None:
 
 
 def test_an_unknown_norm_is_refused_by_what_it_does(fake: FakeSGLang, model: LlamaForCausalLM) -> None:
-    from steerkern.integrations.sglang.norms import examine
-
     stacked = ForCausalLM(model)
     norm = stacked.model.layers[1].input_layernorm
     wide = lambda self, x, residual=None: (x, (x + residual).double())  # noqa: E731 keeps its residual in another dtype
     norm.__class__ = type("Wide", (type(norm),), {"forward_native": wide})
     with pytest.raises(sk.PlanError, match=r"resid_pre\[1\]: its norm is a Wide of a kind that steerkern does not"):
-        examine(stacked)
+        norms.recognise_norm(sk.Site(1, "resid_pre"), norm)
     stacked.model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     with pytest.raises(sk.PlanError, match="ForCausalLM has 0 decoders whose blocks have an input_layernorm"):
-        examine(stacked)
+        norms.examine(stacked)
 
 
-def test_detached_norms_are_what_they_were(engine: Engine, model: LlamaForCausalLM) -> None:
-    steering = engine.runner.steerkern
+# the norms
+
+
+def test_only_norms_that_a_plan_writes_are_replaced(model: LlamaForCausalLM, plans: dict[str, sk.Plan]) -> None:
+    stacked = ForCausalLM(model)
+    steering = Steering(stacked, Plans([plans["push"], plans["last"]]), 64)
+    assert [str(norm.site) for norm in steering.norms] == ["resid_pre[1]", "resid_pre[2]", "resid_post[3]"]
+    replaced = [module for module in stacked.modules() if "forward" in vars(module)]
+    assert replaced == [stacked.model.layers[1].input_layernorm, stacked.model.layers[2].input_layernorm,
+                        stacked.model.norm]  # fmt: skip
     steering.detach()
-    assert not any("forward" in vars(module) for module in engine.runner.model.modules())
-    assert not any(module._forward_pre_hooks for module in engine.runner.model.modules())
+    assert not any("forward" in vars(m) or m._forward_pre_hooks or m._forward_hooks for m in stacked.modules())
 
 
-def test_half_precision_rows_differ_by_a_rounding_of_the_sum(fake: FakeSGLang) -> None:
-    from steerkern.integrations.sglang.norms import examine
-
-    model = tiny_llama().to(torch.bfloat16)
-    anatomy = examine(ForCausalLM(model))
-    assert {spec.norm.name for spec in anatomy.norms.values()} == {"FP32"}
-    assert len(anatomy.norms) == LAYERS + 1
+def test_other_pipeline_ranks_hold_the_other_norms(model: LlamaForCausalLM, plans: dict[str, sk.Plan]) -> None:
+    stacked = ForCausalLM(model)
+    stacked.model.layers[0], stacked.model.layers[1], stacked.model.norm = (torch.nn.Identity() for _ in range(3))
+    steering = Steering(stacked, Plans([plans["push"], plans["last"]]), 64)
+    assert [str(norm.site) for norm in steering.norms] == ["resid_pre[2]"]
 
 
-def test_the_hooks_are_those_that_sglang_has() -> None:
-    """Where SGLang is installed: that the names and parameters of the fake are its own."""
-    pytest.importorskip("sglang.srt.managers.schedule_batch", reason="SGLang is not installed, it needs a GPU")
-    import inspect
-    import pkgutil
-
-    parameters = {target: inspect.signature(pkgutil.resolve_name(target)).parameters for target in plugin.TARGETS}
-    wanted = ["custom_params", "sampling_params", "batch", "capture_decode_cuda_graph", "forward_batch"]
-    for target, name in list(zip(parameters, wanted, strict=True))[1:]:
-        assert name in parameters[target]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.inference_mode()
+def test_a_replaced_norm_is_the_stock_one_with_its_sum_edited(dtype: torch.dtype, compiled: bool) -> None:
+    """Steered rows equal the edit between sum and norm, others the stock norm, up to the rounding of the sum."""
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(7))
+    stacked = ForCausalLM(tiny_llama().to(dtype))
+    norm = stacked.model.layers[2].input_layernorm
+    steering = Steering(stacked, Plans([sk.Plan(sk.add(vector), layers=2, name="push")]), 64)
+    call = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
+    variant = Plans([sk.Plan(sk.add(vector), layers=2, name="push")]).variant({"steerkern": {"plan": "push"}})
+    assert variant is not None
+    request = Request(variant, 8, "request 'r'")
+    for held, steered in [([(request, 0, 3), (None, 0, 2)], [0, 1, 2]), ([(None, 2, 1), (request, 3, 1)], [1])]:
+        steering.fill(held)
+        count = sum(tokens for _, _, tokens in held) + 2  # padded
+        x, residual, more = torch.randn(3, count, WIDTH, generator=torch.Generator().manual_seed(3)).to(dtype)
+        edit = torch.zeros(count, WIDTH)
+        edit[steered] = vector
+        total = ((x.float() + (residual + more).float()).to(dtype) + edit).to(dtype)
+        normed, kept = call(x.clone(), residual.clone(), more)
+        near = {"rtol": 0.0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(kept, total, **near)
+        torch.testing.assert_close(normed, norm.forward_native(total), **near)
+        entering = total.clone()  # the first block's norm keeps what it is given
+        steering.norms[0].streams = None
+        torch.testing.assert_close(call(entering), norm.forward_native(entering), **near)
+        torch.testing.assert_close(entering, (total + edit).to(dtype), **near)
+    steering.rows.finish()
+    assert torch.equal(norm(x[:0], residual[:0])[1], residual[:0])

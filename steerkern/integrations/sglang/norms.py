@@ -35,7 +35,7 @@ class Anatomy:
 
     sites: tuple[Site, ...]
     blocks: tuple[nn.Module, ...]
-    norms: dict[Site, NormSpec]
+    norms: dict[Site, nn.Module]
     width: int
     device: torch.device
 
@@ -44,17 +44,19 @@ def examine(model: nn.Module) -> Anatomy:
     """The sites of ``model``: ``resid_pre`` of every block and ``resid_post`` of the last one.
 
     Raises:
-        PlanError: no decoder of the known shape, several of them, or a norm of another kind.
+        PlanError: no decoder of the known shape, several of them, or norms without a weight.
     """
     decoder, layers = _find_decoder(model)
     own = [i for i, block in enumerate(layers) if hasattr(block, FIRST)]  # the others belong to other pipeline ranks
-    found = {Site(i, "resid_pre"): getattr(layers[i], FIRST) for i in own}
+    norms = {Site(i, "resid_pre"): getattr(layers[i], FIRST) for i in own}
+    last = Site(len(layers) - 1, "resid_post")
     if not isinstance(getattr(decoder, FINAL), nn.Identity):
-        found[Site(len(layers) - 1, "resid_post")] = getattr(decoder, FINAL)
-    specs = {site: _recognise(site, norm) for site, norm in found.items()}
-    device = next(p.device for p in layers[own[0]].parameters())
-    sites = (*(Site(i, "resid_pre") for i in range(len(layers))), Site(len(layers) - 1, "resid_post"))
-    return Anatomy(sites, tuple(layers[i] for i in own), specs, next(iter(specs.values())).width, device)
+        norms[last] = getattr(decoder, FINAL)
+    weight = norms[Site(own[0], "resid_pre")]._parameters.get("weight")
+    if weight is None:
+        raise PlanError(f"{type(model).__name__} has norms without a weight, which steerkern does not know")
+    sites = (*(Site(i, "resid_pre") for i in range(len(layers))), last)
+    return Anatomy(sites, tuple(layers[i] for i in own), norms, weight.numel(), weight.device)
 
 
 def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -72,8 +74,8 @@ def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     return found[0]
 
 
-def _recognise(site: Site, norm: nn.Module) -> NormSpec:
-    """The convention and eps of a norm, measured on its own ``forward_native``, which its kernels mean.
+def recognise_norm(site: Site, norm: nn.Module) -> NormSpec:
+    """The convention and eps of a norm, measured on its own ``forward_native``, which says what its kernels mean.
 
     Raises:
         PlanError: it follows none of the known conventions, or does not add as a plain residual does.

@@ -17,7 +17,7 @@ from ...program import Capacity, Program
 from ...runtime.batch import Batch
 from ...runtime.prompts import Prompts
 from ...runtime.rows import Part, RowMap
-from .norms import FusedNorm, examine, tensors
+from .norms import FusedNorm, examine, recognise_norm, tensors
 from .plans import Plans, Variant
 
 AT_ONCE = 64
@@ -62,7 +62,7 @@ class Asked:
 
 
 class Steering:
-    """The op in the norms of ``model``, for forwards of at most ``max_tokens`` rows, padding included.
+    """The op in those norms of ``model`` that plans write, for forwards of at most ``max_tokens`` rows with padding.
 
     The tables and the row map keep their addresses, so a graph that is captured afterwards steers by what they hold
     when it is replayed.
@@ -75,16 +75,19 @@ class Steering:
         anatomy = examine(model)
         declared = tuple(plans.by_name.values())
         self.program = Program(anatomy.sites, anatomy.width, anatomy.device, _capacity(declared, anatomy.sites))
+        reached: set[int] = set()
         for plan in declared:  # what would fail in a forward fails now
             self.program.add(plan)
             self.program.check_meeting((plan.name, i) for i in range(len(plan.steps)))
+            reached.update(number for step in plan.steps for number in self.program.reach(step))
             self.program.remove(plan.name)
         self.rows = RowMap(self.program, max_tokens)
         self._plain = Batch(self.program, Prompts.of(1, 1, None), [()], "plain requests")
         self._filled = 0
         self.norms = [
-            FusedNorm(site, spec, self.program.tables(self.program.number(*site)), self.rows)
-            for site, spec in anatomy.norms.items()
+            FusedNorm(site, recognise_norm(site, anatomy.norms[site]), self.program.tables(number), self.rows)
+            for number, site in enumerate(anatomy.sites)
+            if number in reached and site in anatomy.norms
         ]
         self._handles = self._watch(anatomy.blocks)
         for norm in self.norms:
