@@ -1,12 +1,19 @@
 """SGLang, steered per request by a plugin; nothing of it is forked.
 
-**This has not been run on a real SGLang**, which needs a GPU. It is written against the source of 0.5.23 and tested
-against a fake of the same shape.
+**Not run on a GPU.** Written against the source of 0.5.23. Its CPU backend, run eagerly in float32 on a tiny Llama with
+stand-ins for the packages that need a GPU, gives the tokens of our own session: chunked and mixed prefill, overlapped
+scheduling, radix cache, two tensor-parallel ranks (``tests/serving/test_sglang.py``). CUDA graphs and SGLang's GPU
+kernels have never met this code.
 
 With steerkern installed beside SGLang, ``STEERKERN_PLANS`` names the folders of the plans (``Plan.save_pretrained``),
 separated like those of ``PATH``; without it the plugin does nothing. A request asks for a plan in ``custom_params``::
 
     {"text": "...", "sampling_params": {"custom_params": {"steerkern": {"plan": "calm", "scale": 1.5}}}}
+
+``scale`` multiplies what the plan adds; ``scope`` (``all``, ``prompt``, ``decode``, ``reply``) takes the place of its
+own. Requests share prefixes in the radix cache, by way of ``extra_key``, only where they are steered alike. Plans write
+``resid_pre`` and ``resid_post``, without latches, controllers, events or probes; ``plugin.PLAIN`` lists the server
+arguments that do not go with steering, each refused by name at the start.
 
 ``plans`` reads that field, ``norms`` finds the norms that read the residual stream and stands in for them,
 ``steering`` sets the row map before each forward, ``plugin`` hangs these into SGLang's hooks.
