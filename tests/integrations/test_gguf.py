@@ -72,6 +72,37 @@ def test_the_file_is_what_llama_cpp_loads(tmp_path: Path) -> None:
     assert seen == {f"direction.{n}": ("F32", [WIDTH], v.tolist()) for n, v in raw.items()}
 
 
+def test_every_byte_is_where_the_specification_puts_it(tmp_path: Path) -> None:
+    """Read with ``struct`` alone: version 3, little-endian, data aligned to 32 bytes after the tensor list."""
+    raw = vectors(2, 5)
+    ours.write_gguf(sk.Directions.of(raw, "resid_post", "calm"), tmp_path / "v.gguf")
+    data, at = (tmp_path / "v.gguf").read_bytes(), 0
+
+    def take(form: str) -> Any:
+        nonlocal at
+        found = struct.unpack_from(form, data, at)
+        at += struct.calcsize(form)
+        return found if len(found) > 1 else found[0]
+
+    def take_text() -> str:
+        size = take("<Q")
+        return str(take(f"<{size}s").decode())
+
+    assert take("<4sIQQ") == (b"GGUF", 3, 2, 4)
+    keys = {}
+    for _ in range(4):
+        key, kind = take_text(), take("<I")
+        assert kind in (4, 8)  # a uint32 or a string
+        keys[key] = take("<I") if kind == 4 else take_text()
+    assert keys["general.architecture"] == "controlvector"
+    assert keys["controlvector.layer_count"] == 2
+    infos = [(take_text(), *take("<IQIQ")) for _ in range(2)]
+    base = -(-at // 32) * 32
+    for (name, dimensions, width, kind, offset), (layer, vector) in zip(infos, raw.items(), strict=True):
+        assert (name, dimensions, width, kind, offset % 32) == (f"direction.{layer}", 1, WIDTH, 0, 0)
+        assert np.array_equal(np.frombuffer(data, "<f4", WIDTH, base + offset), vector.numpy())
+
+
 def test_a_file_of_repeng_is_read(tmp_path: Path) -> None:
     raw = {layer: vector.numpy() for layer, vector in vectors(3, 2, 1).items()}
     path = foreign(
