@@ -21,6 +21,11 @@ def rounds(full: int) -> int:
     return max(LEAST, full // SHARE) if quick() else full
 
 
+def warmup() -> int:
+    """Rounds that are run first and not counted."""
+    return 1 if quick() else 2
+
+
 def seconds(full: float) -> float:
     """Seconds to measure where the full run takes ``full``."""
     return full / SHARE if quick() else full

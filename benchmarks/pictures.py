@@ -35,7 +35,8 @@ def scaling(folder: Path) -> list[Plot]:
     if record is None:
         return []
     curves = {name: row for name, row in record.rows.items() if "sides" in row}
-    op = [_curve(row, "us per call", 1.0, len(row["sides"]) > 1) for name, row in curves.items() if name.endswith("[bf16]")]
+    bf16 = [row for name, row in curves.items() if name.endswith("[bf16]")]
+    op = [_curve(row, "us per call", 1.0, len(row["sides"]) > 1) for row in bf16]
     step = [_curve(row, "ms per token", 1e-3, False) for name, row in curves.items() if "[" not in name]
     found = []
     if op:
@@ -52,7 +53,7 @@ def roofline(folder: Path) -> list[Plot]:
         return []
     found = {name: row for name, row in record.rows.items() if "points" in row}
     panels: list[Axis] = [_roof(row, records.case(name).split(", ")[-1]) for name, row in found.items()]
-    caption = "Left to right: K = 0, 1, 4, 16, 64 directions. The op adds what it multiplied without fusing, as its bits demand."
+    caption = "Left to right: K = 0, 1, 4, 16, 64 directions. The op never fuses a multiplication with an addition."
     return [Plot("roofline", "Roofline of the fused op", tuple(panels), caption)] if panels else []
 
 

@@ -68,8 +68,8 @@ def case(name: str) -> str:
 
 
 def _again(row: Mapping[str, Any]) -> Iterator[float]:
+    """Ratios of something to itself: medians, alone or in quartiles by the names of their sides."""
     if "again" in row:
         yield row["again"]
-    for value in row.values():
-        if isinstance(value, Mapping):
-            yield from (ratio[1] for name, ratio in value.items() if name.endswith(" again") and isinstance(ratio, list))
+    sides = [pair for value in row.values() if isinstance(value, Mapping) for pair in value.items()]
+    yield from (ratio[1] for name, ratio in sides if name.endswith(" again") and isinstance(ratio, list))

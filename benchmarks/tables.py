@@ -17,6 +17,7 @@ from steerkern.report import Column, Row, Table
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- written by python -m benchmarks.tables -->", "<!-- end -->"
+READING = ("controller", "extraction")
 FOLDED = ("ops", "malloc", "prefill", "swap", "isolation", "scaling")
 """Tables that the README keeps shut."""
 
@@ -111,7 +112,7 @@ def swap(folder: Path) -> Table | None:
 
 def reading(folder: Path) -> Table | None:
     """What a controller adds to decoding, and capture to forwards."""
-    record = records.read(folder, "controller", "swap", "extraction")
+    record = records.read(folder, *READING)
     if record is None:
         return None
     body = []
@@ -122,7 +123,7 @@ def reading(folder: Path) -> Table | None:
         elif "cost_over_plain_quartiles" in row:
             what = f"capturing two states per layer, time over the plain forwards, {records.case(name)}"
             body.append((what, _quartiles(row["cost_over_plain_quartiles"]["capture"]), f"{row['goal']:.2f}"))
-    return _medians("controller", "Reading states", body, record) if body else None
+    return _medians("reading", "Reading states", body, record, READING) if body else None
 
 
 def ops(folder: Path) -> Table | None:
@@ -146,8 +147,8 @@ def scaling(folder: Path) -> Table | None:
     for name, row in record.rows.items():
         for side, fit in row.get("sides", {}).items():
             dtype = records.case(name) if "[" in name else ""
-            at = {"case": f"{row['against']} {dtype}".strip(), "side": side, "range": f"{row['sizes'][0]} to {row['sizes'][-1]}"}
-            body.append({**at, "base": fit["base_us"], "slope": fit["slope_us"], "off": fit["off"]})
+            at = {"case": f"{row['against']} {dtype}".strip(), "range": f"{row['sizes'][0]} to {row['sizes'][-1]}"}
+            body.append({**at, "side": side, "base": fit["base_us"], "slope": fit["slope_us"], "off": fit["off"]})
     columns = [
         Column("case", "against"),
         Column("range", "range"),
@@ -221,19 +222,28 @@ def _ratios(name: str, title: str, record: Record | None, note: str) -> Table | 
     return _table(name, title, [Column("case", "case"), Column("ratios", "ratios")], body, record, note)
 
 
-def _medians(name: str, title: str, body: Iterable[tuple[str, str, str]], record: Record) -> Table:
+def _medians(
+    name: str, title: str, body: Iterable[tuple[str, str, str]], record: Record, repeated: Sequence[str] = ()
+) -> Table:
     rows: list[Row] = [{"what": what, "median": median, "goal": goal} for what, median, goal in body]
     columns = [Column("what", "what"), Column("median", "median"), Column("goal", "goal")]
-    return _table(name, title, columns, rows, record, "")
+    return _table(name, title, columns, rows, record, "", repeated)
 
 
 def _table(
-    name: str, title: str, columns: Sequence[Column], body: Sequence[Row], record: Record, note: str
+    name: str,
+    title: str,
+    columns: Sequence[Column],
+    body: Sequence[Row],
+    record: Record,
+    note: str,
+    repeated: Sequence[str] = (),
 ) -> Table:
-    """The table, under the warning that its run was noisy if it was, above how to repeat it."""
-    repeat = f"Repeat: `steerkern bench --suite {name}`. {record.provenance()[0].upper()}{record.provenance()[1:]}."
-    warning = record.warning()
-    return Table(name, f"{title}\n\n{warning}" if warning else title, tuple(columns), tuple(body), f"{note} {repeat}".strip())
+    """The table, under the warning that its run was noisy if it was, above what repeats it (the suite of its name)."""
+    suites = " ".join(f"--suite {suite}" for suite in repeated or (name,))
+    about = f"{note} Made {record.provenance()}; repeat: `steerkern bench {suites}`."
+    headed = "\n\n".join(filter(None, (title, record.warning())))
+    return Table(name, headed, tuple(columns), tuple(body), about.strip())
 
 
 def _quartiles(found: Sequence[float], form: str = ".2f") -> str:
@@ -250,14 +260,12 @@ def _parts(folder: Path) -> Iterator[str]:
     record = records.read(folder, "decode")
     assert record is not None, "the README's first table is that of decoding"
     machine = record.machine
-    yield (
-        f"Medians of interleaved runs on a shared machine ({machine['device']}, torch {machine['torch']}, "
-        f"{machine['instruction set']},\none thread), correctness checked before anything was timed; losses are listed "
-        "like wins. `steerkern bench --out benchmarks/results &&\npython -m benchmarks.tables` repeats every number and "
-        "picture of this section."
-    )
+    where = f"{machine['device']}, torch {machine['torch']}, {machine['instruction set']}, one thread"
+    yield f"""Medians of interleaved runs on a shared machine ({where}),
+correctness checked before anything was timed; losses are listed like wins. `steerkern bench --out benchmarks/results &&
+python -m benchmarks.tables` repeats every number and picture of this section."""
     for plot in pictures.everything(folder):
-        yield f"![{plot.caption or plot.title}](benchmarks/results/plots/{plot.name}.png)"
+        yield f"![{plot.title}. {plot.caption}](benchmarks/results/plots/{plot.name}.png)"
     for table in everything(folder):
         page = table.to_markdown()
         if table.name in FOLDED:

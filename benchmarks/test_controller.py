@@ -31,7 +31,7 @@ def test_controller(benchmark: Any, shape: str) -> None:
     guided = controller.plan(dict.fromkeys(range(layers), vector), 0.1, name="guided")
     plain = sk.Plan(sk.add(vector, 0.1), site="resid_post", scope="decode", name="plain")
     ids = torch.randint(3, 8000, (1, 16), generator=generator)
-    tokens, full = (12, 10) if shape == "0.5B" else (32, 20)
+    tokens, full = (12, 10) if shape == "0.5B" else (16, 20)
 
     def run() -> Any:
         return model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
@@ -42,7 +42,7 @@ def test_controller(benchmark: Any, shape: str) -> None:
         Contender("plain again", run, lambda: sk.steer(model, plain)),
         Contender("guided", run, lambda: sk.steer(model, guided)),
     ]
-    timings = interleave(contenders, rounds=effort.rounds(full))
+    timings = interleave(contenders, rounds=effort.rounds(full), warmup=effort.warmup())
     over = {name: timings.speedup(name, "plain") for name in ("plain again", "guided")}
     benchmark.extra_info |= {
         "speedup_over_plain_quartiles": {name: [round(v, 3) for v in found] for name, found in over.items()},

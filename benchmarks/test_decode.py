@@ -9,17 +9,15 @@ before the clock starts.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 import steerkern as sk
 from benchmarks import effort
 from benchmarks.shapes import SHAPES, random_llama
+from benchmarks.sides import a_plan_each, correct, independent, unsteered
 from steerkern.ops.dispatch import backends
 from steerkern.timing import Contender, ablation_hooks, generate_exactly, interleave
 
@@ -29,22 +27,6 @@ GOALS = {"9M": 1.10, "34M": 1.04, "0.5B": 1.03}
 TOKENS = {"9M": 16, "34M": 12, "0.5B": 4}
 SECONDS = {"9M": 20, "34M": 20, "0.5B": 60}
 PLANS = 256
-
-
-@contextlib.contextmanager
-def unsteered(model: LlamaForCausalLM, plan: sk.Plan, batch: int) -> Iterator[None]:
-    """Our norms everywhere, no row steered: what the fusion gives by itself."""
-    with sk.steer(model, plan, silent="ignore") as session:
-        session.rows([None] * batch)
-        yield
-
-
-@contextlib.contextmanager
-def a_plan_each(model: LlamaForCausalLM, plans: list[sk.Plan], batch: int) -> Iterator[None]:
-    """All plans held, every row under one of its own."""
-    with sk.steer(model, plans, silent="ignore") as session:
-        session.rows([plan.name for plan in plans[-batch:]])
-        yield
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
@@ -87,41 +69,3 @@ def test_decode(benchmark: Any, shape: str, dtype: torch.dtype, batch: int) -> N
     with sk.steer(model, one):
         benchmark.pedantic(run, rounds=1)
     print(f"\n{shape} {dtype} batch {batch}: " + ", ".join(f"{k} {v[1]:.3f}x" for k, v in ratios.items()))
-
-
-def correct(model: LlamaForCausalLM, inputs: dict[str, Any], plan: sk.Plan, unit: torch.Tensor) -> None:
-    """Before anything is timed: against the model in fp64 the session errs no more than the hook, and both steer."""
-    dtype = model.dtype
-
-    def logits() -> torch.Tensor:
-        with torch.no_grad():
-            return model(**inputs).logits.double()
-
-    with ablation_hooks(model, unit):
-        hook = logits()
-    with sk.steer(model, plan):
-        steered = logits()
-    model.double()
-    plain = logits()
-    with ablation_hooks(model, unit):
-        exact = logits()
-    model.to(dtype)
-    ours, theirs, effect = (float((x - exact).abs().mean()) for x in (steered, hook, plain))
-    assert ours <= 1.25 * theirs, (ours, theirs)  # both round at random; the session once less often per layer
-    assert effect > 2 * ours, (effect, ours)
-
-
-def independent(model: LlamaForCausalLM, inputs: dict[str, Any], plans: list[sk.Plan]) -> None:
-    """Before anything is timed: a row under its own plan has the bits of a batch that is all under that plan."""
-    rows = inputs["input_ids"].shape[0]
-
-    def logits(names: list[str]) -> torch.Tensor:
-        with torch.no_grad(), sk.steer(model, plans, silent="ignore") as session:
-            session.rows(names)
-            return model(**inputs).logits
-
-    names = [plan.name for plan in plans[-rows:]]
-    together = logits(names)
-    for row in {0, rows - 1}:
-        assert torch.equal(together[row], logits([names[row]] * rows)[row]), row
-    assert not torch.equal(together[-1], logits([plans[0].name] * rows)[-1])

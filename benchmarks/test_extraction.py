@@ -42,7 +42,9 @@ def test_capture(benchmark: Any, shape: str) -> None:
             pass
 
     timings = interleave(
-        [Contender("plain", plain), Contender("plain again", plain), Contender("capture", captured)], rounds=effort.rounds(ROUNDS)
+        [Contender("plain", plain), Contender("plain again", plain), Contender("capture", captured)],
+        rounds=effort.rounds(ROUNDS),
+        warmup=effort.warmup(),
     )
     cost = {name: timings.speedup("plain", name) for name in ("plain again", "capture")}
     benchmark.extra_info |= {

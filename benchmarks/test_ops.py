@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from benchmarks import effort
 from benchmarks.norms import EPS, Fused, RMSNorm, ablation, gate
 from steerkern.ops import cpu

@@ -1,8 +1,8 @@
 """One forward over a prompt with every layer steered, against the stock model that steers nothing.
 
-``OMP_NUM_THREADS=1 pytest benchmarks/test_prefill.py --benchmark-json=benchmarks/results/prefill.json``. The sides run in
-turn and ratios are taken within rounds; ``stock again`` is the noise floor. Many rows at once make eager hooks and norms
-allocate large blocks, so the suite ``malloc`` repeats this with an allocator that keeps them.
+``OMP_NUM_THREADS=1 pytest benchmarks/test_prefill.py --benchmark-json=benchmarks/results/prefill.json``. The sides run
+in turn and ratios are taken within rounds; ``stock again`` is the noise floor. Many rows at once make eager hooks and
+norms allocate large blocks, so the suite ``malloc`` repeats this with an allocator that keeps them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import steerkern as sk
 from benchmarks import effort
 from benchmarks.shapes import random_llama
-from benchmarks.test_decode import correct, unsteered
+from benchmarks.sides import correct, unsteered, warmed
 from steerkern.ops.dispatch import backends
 from steerkern.timing import Contender, ablation_hooks, interleave
 
@@ -43,9 +43,9 @@ def test_prefill(benchmark: Any, shape: str, length: int, dtype: torch.dtype) ->
         Contender("stock", run),
         Contender("stock again", run),
         Contender("hook K=1", run, lambda: ablation_hooks(model, unit)),
-        Contender("fused, unsteered", run, lambda: unsteered(model, one, 1)),
-        Contender("steered K=1", run, lambda: sk.steer(model, one)),
-        Contender("steered K=4", run, lambda: sk.steer(model, four)),
+        Contender("fused, unsteered", run, lambda: warmed(model, lambda: unsteered(model, one, 1))),
+        Contender("steered K=1", run, lambda: warmed(model, lambda: sk.steer(model, one))),
+        Contender("steered K=4", run, lambda: warmed(model, lambda: sk.steer(model, four))),
     ]
     timings = interleave(contenders, rounds=effort.rounds_within(SECONDS[shape], run, len(contenders)), warmup=1)
     ratios = {c.name: [round(x, 4) for x in timings.speedup(c.name, "stock")] for c in contenders[1:]}

@@ -22,6 +22,7 @@ import steerkern as sk
 from benchmarks import effort
 from benchmarks.norms import Fused, RMSNorm, ablation, gate
 from benchmarks.shapes import SHAPES, random_llama
+from benchmarks.sides import warmed
 from steerkern.ops import cpu
 from steerkern.timing import Contender, ablation_hooks, interleave
 
@@ -173,7 +174,9 @@ def decode_sides(
     return {
         "stock": lambda size: Contender("", run(size)),
         "hook": lambda size: Contender("", run(size), lambda: ablation_hooks(model(size), unit)),
-        "steerkern": lambda size: Contender("", run(size), lambda: sk.steer(model(size), plan)),
+        "steerkern": lambda size: Contender(
+            "", run(size), lambda: warmed(model(size), lambda: sk.steer(model(size), plan))
+        ),
     }
 
 

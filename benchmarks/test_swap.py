@@ -56,7 +56,9 @@ def test_row_map_of_a_decode_step(benchmark: Any, rows: int, plans: int) -> None
         forward(1)
         benchmark.pedantic(lambda: forward(1), iterations=50, rounds=effort.rounds(STEPS), warmup_rounds=10)
         session.receipt()
-    empty = statistics.median(_seconds(lambda: torch.zeros(rows, 1, dtype=torch.long)) for _ in range(effort.rounds(STEPS)))
+    empty = statistics.median(
+        _seconds(lambda: torch.zeros(rows, 1, dtype=torch.long)) for _ in range(effort.rounds(STEPS))
+    )
     benchmark.extra_info |= {"goal_us": GOAL_US, "of_which_making_the_ids_us": round(1e6 * empty, 2)}
     print(f"\n{rows} rows, {plans} plans: {1e6 * benchmark.stats.stats.median:.1f} us, goal {GOAL_US}")
 
