@@ -1,3 +1,6 @@
+"""One thread for every benchmark, and what a result is worth nothing without: device, versions, load, commit."""
+
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import effort
 from steerkern.ops import cpu
+from steerkern.report import versions
+
+ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 @pytest.fixture(autouse=True)
@@ -17,9 +24,26 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[_LOAD] = os.getloadavg()[0]
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["cpu"].pop("flags", None)
+    machine_info["device"] = _device()
+    machine_info["torch"] = torch.__version__
+    machine_info["versions"] = versions()
+    machine_info["instruction set"] = cpu.unusable() or cpu._C.isa()
+    machine_info["threads"] = 1
+    machine_info["load"] = {"before": config.stash[_LOAD], "after": os.getloadavg()[0]}
+    machine_info["allocator"] = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+    machine_info["quick"] = effort.quick()
+
+
+_LOAD = pytest.StashKey[float]()
+
+
+def _device() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    machine_info["device"] = f"{len(names)} x {names[0]}" if names else platform.processor()
-    machine_info["torch"] = torch.__version__
-    machine_info["instruction set"] = cpu.unusable() or cpu._C.isa()
+    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()

@@ -1,158 +1,282 @@
-"""The README's tables, written from the committed results: ``python -m benchmarks.tables``."""
+"""Tables of results, and those of the README with its pictures: ``python -m benchmarks.tables``.
+
+A table is made of the JSON of one or two suites; where they have not run there is none.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks import pictures, records
+from benchmarks.records import Record
+from steerkern.report import Column, Row, Table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- written by python -m benchmarks.tables -->", "<!-- end -->"
+READING = ("controller", "extraction")
+FOLDED = ("ops", "malloc", "prefill", "swap", "isolation", "scaling")
+"""Tables that the README keeps shut."""
 
 
-def results(suite: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The JSON files of a suite: machine and commit, and ``extra_info`` by benchmark name, with the median in ms."""
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{suite}*.json"))]
-    benchmarks = [benchmark for document in documents for benchmark in document["benchmarks"]]
-    rows = {b["name"]: {**b["extra_info"], "median_ms": 1e3 * b["stats"]["median"]} for b in benchmarks}
-    return documents[0], rows
-
-
-def decode() -> str:
+def decode(folder: Path) -> Table | None:
     """Tokens per second with every layer steered, against the stock model."""
-    _, rows = results("decode")
-    names = ["stock again", "hook K=1", "fused, unsteered", "steered K=1", "steered K=4"]
-    head = ["model", "stock, tokens/s", *names, "goal"]
-    body = []
-    for name, row in rows.items():
-        model = name.removeprefix("test_decode[").removesuffix("]").replace("-", ", ")
-        ratios = row["speedup_over_stock_quartiles"]
-        cells = [f"{ratios[n][1]:.2f} ({ratios[n][0]:.2f} to {ratios[n][2]:.2f})" for n in names]
-        body.append([model, f"{row['tokens_per_second']['stock']:.0f}", *cells, f"{row['goal']:.2f}"])
-    return table(head, body)
+    note = (
+        "`model.generate` from one token on, every layer steered. The gain is the fusion of the norms; steering itself "
+        "costs what lies between `fused, unsteered` and the columns after it."
+    )
+    return _speedups("decode", "Decoding", records.read(folder, "decode"), ("model", "dtype", "batch"), note)
 
 
-def ops() -> str:
-    """The fused op against what it replaces, and against a copy of as many bytes."""
-    _, rows = results("ops")
-    body = []
-    for name, row in rows.items():
-        shown = name.removeprefix("test_").replace("_", " ").replace("[", ": ").removesuffix("]")
-        ratios = {k.replace("_", " "): v for k, v in row.items() if k not in ("median_us", "median_ms")}
-        if ratios:
-            body.append([shown, "; ".join(f"{k} {v}" for k, v in ratios.items())])
-    return table(["case", "ratios"], body)
+def prefill(folder: Path) -> Table | None:
+    """The same for one forward over a prompt."""
+    note = "One forward over a prompt, every layer steered."
+    return _speedups("prefill", "Prefill", records.read(folder, "prefill"), ("model", "tokens", "dtype"), note)
 
 
-def sessions() -> str:
+def serving(folder: Path) -> Table | None:
+    """Continuous batching, steered, against the stock model."""
+    note = "`generate_batch` of 16 requests."
+    return _speedups("serving", "Continuous batching", records.read(folder, "serving"), ("model",), note)
+
+
+def peers(folder: Path) -> Table | None:
+    """Other libraries that steer: what they cost and whether they do what was asked."""
+    record = records.read(folder, "peers")
+    if record is None:
+        return None
+    checks = list(dict.fromkeys(name for row in record.rows.values() for name in row.get("correct", {})))
+    body: list[Row] = []
+    for row in record.rows.values():
+        ran = row["status"] == "run"
+        body.append(
+            {
+                "peer": f"{row['peer']} {row.get('version') or ''}".strip(),
+                "edit": row["edit"],
+                "added": _quartiles(row["added_us_per_layer_token"], ".1f") if ran else "not run",
+                "ratio": _quartiles(row["ratio_to_stock"]) if ran else f"`{row['install']}`",
+                **{name: row.get("correct", {}).get(name, "") for name in checks},
+                "theirs": row.get("authors_figure"),
+            }
+        )
+    columns = [
+        Column("peer", "library"),
+        Column("edit", "edit"),
+        Column("added", "us added per layer and token"),
+        Column("ratio", "time over stock"),
+        *(Column(name, name) for name in checks),
+        Column("theirs", "authors' own figure"),
+    ]
+    return _table("peers", "Other libraries", columns, body, record, "Below 0 us: faster than the stock model.")
+
+
+def sessions(folder: Path) -> Table | None:
     """What a session costs apart from decoding."""
-    _, rows = results("attach")
+    record = records.read(folder, "attach")
+    if record is None:
+        return None
+    rows = record.rows
     attach, memory = rows["test_attach_and_detach_of_32_layers"], rows["test_memory_of_a_session"]
     kilobytes = (memory["python_peak_bytes"] + memory["row_map_bytes"]) / 1024
     body = [
-        ["attach + detach, 32 layers", f"{attach['median_ms']:.1f} ms", f"{attach['goal_ms']:.0f} ms"],
-        ["a plain forward of three tokens, beside it", f"{attach['plain_forward_ms']:.1f} ms", ""],
-        ["change a plan's strength", f"{rows['test_scale_during_decode']['median_ms']:.2f} ms", "1 ms"],
-        ["swap a plan", f"{rows['test_swap_of_a_plan_during_decode']['median_ms']:.2f} ms", "1 ms"],
-        ["peak memory beside the tables", f"{kilobytes:.0f} kB", "1024 kB"],
-        ["tables", f"{memory['table_bytes'] / 1024:.0f} kB", ""],
+        ("attach + detach, 32 layers", f"{attach['median_ms']:.1f} ms", f"{attach['goal_ms']:.0f} ms"),
+        ("a plain forward of three tokens, beside it", f"{attach['plain_forward_ms']:.1f} ms", ""),
+        ("change a plan's strength", f"{rows['test_scale_during_decode']['median_ms']:.2f} ms", "1 ms"),
+        ("swap a plan", f"{rows['test_swap_of_a_plan_during_decode']['median_ms']:.2f} ms", "1 ms"),
+        ("peak memory beside the tables", f"{kilobytes:.0f} kB", "1024 kB"),
+        ("tables", f"{memory['table_bytes'] / 1024:.0f} kB", ""),
     ]
-    return table(["what", "median", "goal"], body)
+    return _medians("attach", "Sessions", body, record)
 
 
-def batching() -> str:
-    """Continuous batching, steered, against the stock model."""
-    _, rows = results("batching")
-    names = ["stock again", "one plan", "half plain", "a plan each"]
+def swap(folder: Path) -> Table | None:
+    """The row map of a decode step, and changes of plans."""
+    record = records.read(folder, "swap")
+    if record is None:
+        return None
     body = []
-    for name, row in rows.items():
-        ratios = row["speedup_over_stock_quartiles"]
-        cells = [f"{ratios[n][1]:.2f} ({ratios[n][0]:.2f} to {ratios[n][2]:.2f})" for n in names]
-        body.append([name.removeprefix("test_generate_batch[").removesuffix("]"), *cells, f"{row['goal']:.2f}"])
-    return table(["model", *names, "goal"], body)
-
-
-def swap() -> str:
-    """The row map of a decode step, changes of plans, and what a controller adds."""
-    _, rows = results("swap")
-    body = []
-    for name, row in rows.items():
+    for name, row in record.rows.items():
+        first, _, second = records.case(name).partition(", ")
         if name.startswith("test_row_map"):
-            rows_, plans = name.partition("[")[2].removesuffix("]").split("-")
-            what = f"row map of a decode step, {rows_} rows, {plans} plans"
-            body.append([what, f"{1e3 * row['median_ms']:.1f} us", f"{row['goal_us']:.0f} us"])
+            what = f"row map of a decode step, {first} rows, {second} plans"
+            body.append((what, f"{1e3 * row['median_ms']:.1f} us", f"{row['goal_us']:.0f} us"))
         elif name.startswith("test_change"):
-            change, others = name.partition("[")[2].removesuffix("]").split("-")
-            what = f"{change} a plan, beside {others} others"
-            body.append([what, f"{row['median_ms']:.2f} ms", f"{row['goal_ms']:.0f} ms"])
-        else:
-            low, middle, high = row["speedup_over_plain_quartiles"]["guided"]
-            shape = name.partition("[")[2].removesuffix("]")
-            what = f"decoding under a controller over the same plan without one, {shape}"
-            body.append([what, f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{row['goal']:.2f}"])
-    return table(["what", "median", "goal"], body)
+            body.append(
+                (f"{first} a plan, beside {second} others", f"{row['median_ms']:.2f} ms", f"{row['goal_ms']:.0f} ms")
+            )
+    return _medians("swap", "Who is steered by what", body, record)
 
 
-def isolation() -> str:
-    """Tenants, threads, rows, leaks."""
-    found = json.loads((RESULTS / "isolation.json").read_text(encoding="utf-8"))
-    body = [
-        [name, *(f"{count[key]:,}" for key in ("rows", "steered", "swaps", "failed", "given_up", "leaked"))]
-        for name, count in found["levels"].items()
+def reading(folder: Path) -> Table | None:
+    """What a controller adds to decoding, and capture to forwards."""
+    record = records.read(folder, *READING)
+    if record is None:
+        return None
+    body = []
+    for name, row in record.rows.items():
+        if "speedup_over_plain_quartiles" in row:
+            what = f"decoding under a controller, speed over the same plan without one, {records.case(name)}"
+            body.append((what, _quartiles(row["speedup_over_plain_quartiles"]["guided"]), f"{row['goal']:.2f}"))
+        elif "cost_over_plain_quartiles" in row:
+            what = f"capturing two states per layer, time over the plain forwards, {records.case(name)}"
+            body.append((what, _quartiles(row["cost_over_plain_quartiles"]["capture"]), f"{row['goal']:.2f}"))
+    return _medians("reading", "Reading states", body, record, READING) if body else None
+
+
+def ops(folder: Path) -> Table | None:
+    """The fused op against what it replaces, and against a copy of as many bytes."""
+    note = "Against an eager hook and norm, our own unsteered kernel, and a copy of as many bytes."
+    return _ratios("ops", "The fused op", records.read(folder, "ops"), note)
+
+
+def malloc(folder: Path) -> Table | None:
+    """The eager baselines again, with an allocator that keeps large blocks."""
+    note = "As above, with `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` raised, which eager torch gains by."
+    return _ratios("malloc", "Against eager with tuned malloc", records.read(folder, "malloc"), note)
+
+
+def scaling(folder: Path) -> Table | None:
+    """Straight lines through the medians of every side."""
+    record = records.read(folder, "scaling")
+    if record is None:
+        return None
+    body: list[Row] = []
+    for name, row in record.rows.items():
+        for side, fit in row.get("sides", {}).items():
+            dtype = records.case(name) if "[" in name else ""
+            at = {"case": f"{row['against']} {dtype}".strip(), "range": f"{row['sizes'][0]} to {row['sizes'][-1]}"}
+            body.append({**at, "side": side, "base": fit["base_us"], "slope": fit["slope_us"], "off": fit["off"]})
+    columns = [
+        Column("case", "against"),
+        Column("range", "range"),
+        Column("side", "side"),
+        Column("base", "base, us", ".4g"),
+        Column("slope", "us for each", ".3g"),
+        Column("off", "off the line by", ".0%"),
     ]
-    head = ["level", "rows", "steered", "plans swapped", "failed", "given up", "rows leaked"]
-    title = f"{found['tenants']} tenants with an axis each, {found['threads']} threads, one session"
-    return f"**Isolation**: {title} (`python -m benchmarks.isolation`):\n\n{table(head, body)}"
+    return _table("scaling", "How cost grows", columns, body, record, "Straight lines fitted by relative distance.")
 
 
-def table(head: list[str], body: list[list[str]]) -> str:
-    """A Markdown table."""
-    rows = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def isolation(folder: Path) -> Table | None:
+    """Tenants, threads, rows, leaks."""
+    path = folder / "isolation.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    keys = {"rows": "rows", "steered": "steered", "swaps": "plans swapped", "failed": "failed"}
+    keys |= {"given_up": "given up", "leaked": "rows leaked"}
+    body: list[Row] = [
+        {"level": name, **{key: f"{count[key]:,}" for key in keys}} for name, count in found["levels"].items()
+    ]
+    note = (
+        f"{found['tenants']} tenants with an axis each, {found['threads']} threads, one session; the rows `wrong on "
+        f"purpose` must leak. {found['date'][:10]}, commit {found['commit'][:7]}."
+    )
+    columns = (Column("level", "level"), *(Column(key, title) for key, title in keys.items()))
+    return Table("isolation", "Isolation", columns, tuple(body), note)
 
 
-def text() -> str:
+TABLES = (decode, peers, prefill, serving, sessions, reading, swap, isolation, ops, malloc, scaling)
+"""In the order in which they are shown."""
+
+
+def everything(folder: Path) -> list[Table]:
+    """The tables of all suites that have left results in ``folder``."""
+    return [table for make in TABLES if (table := make(folder)) is not None]
+
+
+def _speedups(name: str, title: str, record: Record | None, parameters: Sequence[str], note: str) -> Table | None:
+    """A row per case: tokens per second of the stock model, and every other side over it with quartiles."""
+    if record is None:
+        return None
+    sides = list(dict.fromkeys(side for row in record.rows.values() for side in row["speedup_over_stock_quartiles"]))
+    body: list[Row] = []
+    for benchmark, row in record.rows.items():
+        ratios: Mapping[str, Any] = row["speedup_over_stock_quartiles"]
+        at: dict[str, Any] = dict(zip(parameters, records.case(benchmark).split(", "), strict=False))
+        at |= {"batch": at.get("batch", "1"), "rate": f"{row['tokens_per_second']['stock']:.0f}"}
+        at |= {side: _quartiles(ratios[side]) for side in ratios}
+        body.append({**at, "goal": row.get("goal")})
+    goal = [Column("goal", "goal", ".2f")] if any(row["goal"] for row in body) else []
+    columns = [Column(key, key) for key in parameters]
+    columns += [Column("rate", "stock, tokens/s"), *(Column(side, side) for side in sides), *goal]
+    about = "Speed over the *unsteered stock* model, by pairs within rounds: median (quartiles). " + note
+    return _table(name, title, columns, body, record, about)
+
+
+def _ratios(name: str, title: str, record: Record | None, note: str) -> Table | None:
+    """A row per case with every ratio that it has."""
+    if record is None:
+        return None
+    body: list[Row] = []
+    for benchmark, row in record.rows.items():
+        ratios = {key.replace("_", " "): value for key, value in row.items() if isinstance(value, float)}
+        ratios.pop("median ms", None)
+        ratios |= {side: found[1] for side, found in row.get("speedup_over_stock_quartiles", {}).items()}
+        shown = benchmark.partition("[")[0].removeprefix("test_").replace("_", " ")
+        text = "; ".join(f"{key} {value:.3g}" for key, value in ratios.items())
+        body.append({"case": f"{shown}: {records.case(benchmark)}", "ratios": text})
+    return _table(name, title, [Column("case", "case"), Column("ratios", "ratios")], body, record, note)
+
+
+def _medians(
+    name: str, title: str, body: Iterable[tuple[str, str, str]], record: Record, repeated: Sequence[str] = ()
+) -> Table:
+    rows: list[Row] = [{"what": what, "median": median, "goal": goal} for what, median, goal in body]
+    columns = [Column("what", "what"), Column("median", "median"), Column("goal", "goal")]
+    return _table(name, title, columns, rows, record, "", repeated)
+
+
+def _table(
+    name: str,
+    title: str,
+    columns: Sequence[Column],
+    body: Sequence[Row],
+    record: Record,
+    note: str,
+    repeated: Sequence[str] = (),
+) -> Table:
+    """The table, under the warning that its run was noisy if it was, above what repeats it (the suite of its name)."""
+    suites = " ".join(f"--suite {suite}" for suite in repeated or (name,))
+    about = f"{note} Made {record.provenance()}; repeat: `steerkern bench {suites}`."
+    headed = "\n\n".join(filter(None, (title, record.warning())))
+    return Table(name, headed, tuple(columns), tuple(body), about.strip())
+
+
+def _quartiles(found: Sequence[float], form: str = ".2f") -> str:
+    low, median, high = found
+    return f"{median:{form}} ({low:{form}} to {high:{form}})"
+
+
+def text(folder: Path = RESULTS) -> str:
     """Everything between the README's two marks."""
-    document, _ = results("decode")
-    machine, commit = document["machine_info"], document["commit_info"]
+    return "\n\n".join([BEGIN, *_parts(folder), END])
+
+
+def _parts(folder: Path) -> Iterator[str]:
+    record = records.read(folder, "decode")
+    assert record is not None, "the README's first table is that of decoding"
+    machine = record.machine
     where = f"{machine['device']}, torch {machine['torch']}, {machine['instruction set']}, one thread"
-    return f"""{BEGIN}
-Medians of interleaved runs on a shared machine ({where};
-{document["datetime"][:10]}, commit {commit["id"][:7]}), correctness checked first.
-**Decoding**: `model.generate` from one token on, batch 1, every layer steered: tokens per second over the *unsteered
-stock* model within the same round (quartiles in brackets; "stock again" is the noise floor):
-
-{decode()}
-
-The gain is the fusion of the norms; steering itself costs what lies between the last three columns. Repeat with
-`pytest benchmarks/test_decode.py`.
-
-**Sessions** (`pytest benchmarks/test_attach.py`):
-
-{sessions()}
-
-**Continuous batching**: `generate_batch` of 16 requests against the stock model (`pytest benchmarks/test_batching.py`):
-
-{batching()}
-
-**Who is steered by what** (`pytest benchmarks/test_swap.py`):
-
-{swap()}
-
-{isolation()}
-
-<details><summary><b>The fused op</b> against an eager hook and norm, our own unsteered kernel, and a copy of as many
-bytes (<code>pytest benchmarks/test_ops.py</code>); losses are listed like wins</summary>
-
-{ops()}
-
-</details>
-{END}"""
+    yield f"""Medians of interleaved runs on a shared machine ({where}),
+correctness checked before anything was timed; losses are listed like wins. `steerkern bench --out benchmarks/results &&
+python -m benchmarks.tables` repeats every number and picture of this section."""
+    for plot in pictures.everything(folder):
+        yield f"![{plot.title}. {plot.caption}](benchmarks/results/plots/{plot.name}.png)"
+    for table in everything(folder):
+        page = table.to_markdown()
+        if table.name in FOLDED:
+            title, _, rest = page.removeprefix("### ").partition("\n")
+            page = f"<details><summary><b>{title}</b></summary>\n{rest}\n\n</details>"
+        yield page
 
 
 def main() -> None:
-    """Rewrite the block in the README."""
+    """Rewrite the block in the README, and its pictures."""
+    pictures.draw(RESULTS)
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import steerkern as sk
+from benchmarks import effort
 from benchmarks.shapes import random_llama
 from steerkern.program import Program
 
@@ -41,13 +42,13 @@ def test_attach_and_detach_of_32_layers(benchmark: Any, model: Any) -> None:
 
     ids, forwards = torch.zeros(1, 3, dtype=torch.long), []
     attach()
-    for _ in range(20):
+    for _ in range(effort.rounds(20)):
         start = time.perf_counter()
         with torch.no_grad():
             model(ids, use_cache=False)
         forwards.append(1e3 * (time.perf_counter() - start))
         attach()
-    benchmark.pedantic(attach, rounds=40, warmup_rounds=3)
+    benchmark.pedantic(attach, rounds=effort.rounds(40), warmup_rounds=3)
     benchmark.extra_info["goal_ms"] = GOAL_MS
     benchmark.extra_info["plain_forward_ms"] = round(statistics.median(forwards), 2)
     print(f"\nattach + detach {1e3 * benchmark.stats.stats.median:.1f} ms, goal {GOAL_MS}; {benchmark.extra_info}")

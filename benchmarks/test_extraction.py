@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import effort
 from benchmarks.shapes import random_llama
 from steerkern.extraction import Rendered, capture
 from steerkern.extraction.capture import pad
 from steerkern.timing import Contender, interleave
 
 GOAL = 1.10
-BATCH, ROUNDS = 16, 20
+BATCH, ROUNDS = 16, 15
 
 
 @pytest.mark.parametrize("shape", ["9M", "34M"])
@@ -41,7 +42,9 @@ def test_capture(benchmark: Any, shape: str) -> None:
             pass
 
     timings = interleave(
-        [Contender("plain", plain), Contender("plain again", plain), Contender("capture", captured)], rounds=ROUNDS
+        [Contender("plain", plain), Contender("plain again", plain), Contender("capture", captured)],
+        rounds=effort.rounds(ROUNDS),
+        warmup=effort.warmup(),
     )
     cost = {name: timings.speedup("plain", name) for name in ("plain again", "capture")}
     benchmark.extra_info |= {

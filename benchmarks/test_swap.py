@@ -1,4 +1,4 @@
-"""What changing who is steered by what costs: the row map of a decode step, many plans, a controller.
+"""What changing who is steered by what costs: the row map of a decode step, many plans.
 
 ``OMP_NUM_THREADS=1 pytest benchmarks/test_swap.py --benchmark-json=benchmarks/results/swap.json``; attaching,
 strength and swaps of a plan are in ``test_attach.py``.
@@ -15,9 +15,8 @@ import pytest
 import torch
 
 import steerkern as sk
-from benchmarks.shapes import SHAPES, random_llama
-from steerkern.controller import Controller
-from steerkern.timing import Contender, interleave
+from benchmarks import effort
+from benchmarks.shapes import random_llama
 
 GOAL_US, GOAL_MS = 20.0, 1.0
 STEPS = 200
@@ -55,9 +54,11 @@ def test_row_map_of_a_decode_step(benchmark: Any, rows: int, plans: int) -> None
         forward(8)
         calls.rows.slot.fill_(0)
         forward(1)
-        benchmark.pedantic(lambda: forward(1), iterations=50, rounds=STEPS, warmup_rounds=10)
+        benchmark.pedantic(lambda: forward(1), iterations=50, rounds=effort.rounds(STEPS), warmup_rounds=10)
         session.receipt()
-    empty = statistics.median(_seconds(lambda: torch.zeros(rows, 1, dtype=torch.long)) for _ in range(STEPS))
+    empty = statistics.median(
+        _seconds(lambda: torch.zeros(rows, 1, dtype=torch.long)) for _ in range(effort.rounds(STEPS))
+    )
     benchmark.extra_info |= {"goal_us": GOAL_US, "of_which_making_the_ids_us": round(1e6 * empty, 2)}
     print(f"\n{rows} rows, {plans} plans: {1e6 * benchmark.stats.stats.median:.1f} us, goal {GOAL_US}")
 
@@ -98,41 +99,6 @@ def test_change_between_decode_steps(benchmark: Any, change: str, others: int) -
             program.slot([(held[0].name, 0)])
 
         run = {"scale": scale, "add and remove": add_and_remove, "swap": swap}[change]
-        benchmark.pedantic(run, rounds=STEPS, warmup_rounds=5)
+        benchmark.pedantic(run, rounds=effort.rounds(STEPS), warmup_rounds=5)
     benchmark.extra_info["goal_ms"] = GOAL_MS
     print(f"\n{change} beside {others} plans: {1e3 * benchmark.stats.stats.median:.2f} ms, goal {GOAL_MS}")
-
-
-@pytest.mark.parametrize("shape", ["34M", "0.5B"])
-def test_controller(benchmark: Any, shape: str) -> None:
-    """Goal: a plan that a controller weighs costs at most 2 % of decoding over the same plan without one."""
-    model = random_llama(shape)
-    width, layers = SHAPES[shape]["hidden_size"], SHAPES[shape]["num_hidden_layers"]
-    generator = torch.Generator().manual_seed(1)
-    vector = torch.randn(width, generator=generator)
-    reads = [sk.Read(layer, "resid_post") for layer in range(2 * layers // 3, layers)]
-    controller = Controller(reads, range(layers), width, hidden=1024)
-    guided = controller.plan(dict.fromkeys(range(layers), vector), 0.1, name="guided")
-    plain = sk.Plan(sk.add(vector, 0.1), site="resid_post", scope="decode", name="plain")
-    ids = torch.randint(3, 8000, (1, 16), generator=generator)
-    tokens, rounds = (12, 10) if shape == "0.5B" else (48, 20)
-
-    def run() -> Any:
-        return model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
-
-    contenders = [
-        Contender("stock", run),
-        Contender("plain", run, lambda: sk.steer(model, plain)),
-        Contender("plain again", run, lambda: sk.steer(model, plain)),
-        Contender("guided", run, lambda: sk.steer(model, guided)),
-    ]
-    timings = interleave(contenders, rounds=rounds)
-    over = {name: timings.speedup(name, "plain") for name in ("plain again", "guided")}
-    benchmark.extra_info |= {
-        "speedup_over_plain_quartiles": {name: [round(v, 3) for v in found] for name, found in over.items()},
-        "speedup_over_stock": round(timings.speedup("guided", "stock").median, 3),
-        "goal": 0.98,
-    }
-    with sk.steer(model, guided):
-        benchmark.pedantic(run, rounds=1)
-    print(f"\n{shape}: guided over plain {over['guided'].median:.3f}, plain again {over['plain again'].median:.3f}")

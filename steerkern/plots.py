@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -40,6 +42,8 @@ class Panel:
     whole: bool = False
     """x counts something: only whole numbers get a tick."""
     mark: tuple[float, str] | None = None
+    log: bool = False
+    """Both axes are logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,18 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Bars:
-    """A share per name as a lying bar, the first name on top; ``before`` marks a share to compare with."""
+    """A value per name as a lying bar, the first name on top; ``before`` marks a value to compare with.
+
+    Values are shares unless ``form`` says otherwise; ``spans`` are the ends of a whisker for each.
+    """
 
     title: str
     x_label: str
     names: tuple[str, ...]
     values: tuple[float, ...]
     before: tuple[float, str] | None = None
+    form: str = ".0%"
+    spans: tuple[tuple[float, float], ...] = ()
 
 
 Axis = Union[Panel, Scatter, HeatMap, Bars]
@@ -111,8 +120,12 @@ class Plot:
         for axes, panel in zip(figure.subplots(1, len(self.panels), squeeze=False)[0], self.panels, strict=True):
             _DRAW[type(panel)](axes, panel)
         path = folder / f"{self.name}.png"
-        figure.savefig(path)
+        figure.savefig(path, metadata={"Source": self.digest()})
         return path
+
+    def digest(self) -> str:
+        """SHA-256 of what is drawn, which the PNG file carries as its ``Source``."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def require_plots(otherwise: str = "") -> None:
@@ -125,7 +138,7 @@ def require_plots(otherwise: str = "") -> None:
 
 
 def _lines(axes: Axes, panel: Panel) -> None:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
     for i, line in enumerate(panel.lines):
         if line.guide:
@@ -137,6 +150,13 @@ def _lines(axes: Axes, panel: Panel) -> None:
     if panel.share:
         axes.set_ylim(-0.04, 1.04)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    elif panel.log:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=min(0.0, *(v for line in panel.lines for v in line.y)))
     if panel.whole:
@@ -185,14 +205,20 @@ def _cells(axes: Axes, panel: HeatMap) -> None:
 def _bars(axes: Axes, panel: Bars) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    places = range(len(panel.names))
-    bars = axes.barh(places, panel.values, color=PALETTE[0], height=0.6)
-    axes.bar_label(bars, [f"{value:.0%}" for value in panel.values], padding=3, fontsize=8)
+    places, shares = range(len(panel.names)), panel.form.endswith("%")
+    ends = [(v - low, high - v) for v, (low, high) in zip(panel.values, panel.spans, strict=False)]
+    whiskers = {"xerr": list(zip(*ends, strict=True)), "capsize": 2, "ecolor": "#555555"} if ends else {}
+    bars = axes.barh(places, panel.values, color=PALETTE[0], height=0.6, **whiskers)
+    axes.bar_label(bars, [f"{value:{panel.form}}" for value in panel.values], padding=3, fontsize=8)
     axes.set_yticks(places, panel.names)
     axes.invert_yaxis()
     _frame(axes, panel)
-    axes.set_xlim(0, 1.12)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if shares:
+        axes.set_xlim(0, 1.12)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    else:
+        axes.margins(x=0.18)
+        axes.axvline(0, color="#999999", linewidth=1.0)
     axes.grid(False, axis="y")
     if panel.before is not None:
         at, label = panel.before

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .bench import bench
 from .chat import chat
 from .compare import compare
 from .demo import demo
@@ -44,7 +45,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for run in (demo, extract, generate, chat, train_controller, compare, inspect, doctor):
+for run in (demo, extract, generate, chat, train_controller, compare, bench, inspect, doctor):
     app.command()(command(run))
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(command(serve))
 app.add_typer(systems, name="run")

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 class Outcome:
     """What a command found: ``document`` for ``--json``, and what it prints otherwise.
 
-    Without a document, ``show`` is all there is, and writes JSON itself where that is wanted.
+    Without a document, ``show`` is all there is, and writes JSON itself where that is wanted. ``status`` is the exit
+    code.
     """
 
     document: dict[str, Any] | None
     show: Callable[[Console], None]
+    status: int = 0
 
 
 def command(run: Callable[..., Outcome]) -> Callable[..., None]:
@@ -54,6 +56,8 @@ def command(run: Callable[..., Outcome]) -> Callable[..., None]:
             from rich.console import Console
 
             outcome.show(Console())
+        if outcome.status:
+            raise typer.Exit(outcome.status)
 
     return invoke
 

@@ -1,0 +1,68 @@
+"""The norm of a model as it is, the fused norm in its place, and the tables of an ablation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from steerkern.ops import cpu, reference
+from steerkern.ops.schemas import Flag, Norm, Tables
+
+EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """The norm of Llama in transformers, operation by operation."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        dtype = h.dtype
+        h = h.to(torch.float32)
+        variance = h.pow(2).mean(-1, keepdim=True)
+        h = h * torch.rsqrt(variance + EPS)
+        return self.weight * h.to(dtype)
+
+
+class Fused(nn.Module):
+    """What a session puts in the norm's place."""
+
+    def __init__(self, weight: Tensor, tables: Tables | None, slot: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.kernel = cpu.bind(tables, weight.numel(), weight.dtype, Norm.LLAMA, EPS)
+        self.slot = slot
+        self.pointer = 0 if slot is None else slot.data_ptr()
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = torch.empty_like(h)
+        n, width = h.shape
+        fault = self.kernel(n, h.data_ptr(), width, self.pointer, self.weight.data_ptr(), 0, y.data_ptr(), 1)
+        assert fault == -1
+        return y
+
+
+def ablation(k: int, width: int, plans: int = 1) -> Tables:
+    """``plans`` slots that each ablate ``k`` orthonormal directions of their own."""
+    torch.manual_seed(0)
+    bank = torch.cat([torch.linalg.qr(torch.randn(width, k))[0].T for _ in range(plans)]).contiguous()
+    links = torch.full((4, plans * k), -1, dtype=torch.int32)
+    links[0] = torch.arange(plans * k)
+    links[3] = int(Flag.READ | Flag.WRITE)
+    fields = torch.tensor([0.0, 1.0, -torch.inf, torch.inf, 1.0, -torch.inf, torch.inf])
+    span = torch.tensor([[p * k, k, 0] for p in range(plans)], dtype=torch.int32)
+    return Tables(bank, links, fields[:, None].repeat(1, plans * k), span, torch.ones(plans))
+
+
+def gate(h: Tensor, fused: nn.Module, tables: Tables, slot: Tensor | None, weight: Tensor) -> None:
+    """The fused op must agree with the reference before it is timed."""
+    edited = h.clone()
+    y = fused(edited)
+    wanted, own = reference.steer(h, slot, tables, weight, None, EPS, Norm.LLAMA)
+    assert own is not None
+    step, terms = torch.finfo(h.dtype).eps, float(tables.span[:, 1].max())
+    near = step * terms**0.5  # each term of a lift is of order 1 and may be rounded the other way
+    torch.testing.assert_close(edited, wanted, rtol=2 * step, atol=near)
+    torch.testing.assert_close(y, own, rtol=4 * step, atol=2 * near)

@@ -1,0 +1,75 @@
+"""Results as they were written: the JSON of the suites, read from a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NOISE = 0.03
+"""Stock against stock may come out this far from 1."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one suite, or several that share a table, found."""
+
+    machine: Mapping[str, Any]
+    commit: str
+    date: str
+    rows: Mapping[str, Mapping[str, Any]]
+    """``extra_info`` by benchmark name, with ``median_ms`` of the benchmark itself."""
+
+    def noise(self) -> tuple[float, str] | None:
+        """Where stock against stock was furthest from 1: the ratio and the case; None if nothing says so."""
+        found = [(ratio, case(name)) for name, row in self.rows.items() for ratio in _again(row)]
+        return max(found, key=lambda pair: abs(pair[0] - 1), default=None)
+
+    def warning(self) -> str:
+        """The first line of a table of a noisy run; empty if it was none."""
+        noise = self.noise()
+        if noise is None or abs(noise[0] - 1) <= NOISE:
+            return ""
+        return (
+            f"Noisy machine: the same thing timed against itself came out at {noise[0]:.2f} ({noise[1]}); "
+            "what differs by less says nothing."
+        )
+
+    def provenance(self) -> str:
+        """Date, commit and load in a few words."""
+        load = self.machine.get("load")
+        words = [f"{self.date[:10]}, commit {self.commit[:7]}"]
+        words += [f"load {load['before']:.1f} to {load['after']:.1f}"] if load else []
+        words += ["a quick run"] if self.machine.get("quick") else []
+        return ", ".join(words)
+
+
+def read(folder: Path, *suites: str) -> Record | None:
+    """The record of suites, ``NAME.json`` and ``NAME-*.json``; None if none has run.
+
+    Machine, commit and date are those of the first file.
+    """
+    files = [f for name in suites for f in (*folder.glob(f"{name}.json"), *sorted(folder.glob(f"{name}-*.json")))]
+    documents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if not documents:
+        return None
+    first = documents[0]
+    benchmarks = [benchmark for document in documents for benchmark in document["benchmarks"]]
+    rows = {b["name"]: {**b["extra_info"], "median_ms": 1e3 * b["stats"]["median"]} for b in benchmarks}
+    return Record(first["machine_info"], first["commit_info"]["id"], first["datetime"], rows)
+
+
+def case(name: str) -> str:
+    """The parameters of a benchmark, for a person: ``test_decode[9M-bf16-8]`` is ``9M, bf16, 8``."""
+    title, _, parameters = name.partition("[")
+    return parameters.removesuffix("]").replace("-", ", ") or title.removeprefix("test_").replace("_", " ")
+
+
+def _again(row: Mapping[str, Any]) -> Iterator[float]:
+    """Ratios of something to itself: medians, alone or in quartiles by the names of their sides."""
+    if "again" in row:
+        yield row["again"]
+    sides = [pair for value in row.values() if isinstance(value, Mapping) for pair in value.items()]
+    yield from (ratio[1] for name, ratio in sides if name.endswith(" again") and isinstance(ratio, list))
