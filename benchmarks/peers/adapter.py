@@ -81,6 +81,15 @@ class Steered:
     """Decodes greedily exactly so many tokens, through the peer's own call."""
 
 
+def tokenizer() -> Any:
+    """A tokenizer for peers that ask for one; what is decoded here are token ids."""
+    from transformers import AutoTokenizer
+
+    from steerkern import organism
+
+    return AutoTokenizer.from_pretrained(organism.path(), local_files_only=True)
+
+
 def generate(model: Any, inputs: Inputs, tokens: int, **more: Any) -> object:
     """Greedy decoding of exactly ``tokens`` tokens by transformers' own ``generate``."""
     return model.generate(**inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, **more)

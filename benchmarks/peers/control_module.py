@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adapter import Kind, Rows, directions, kind_of, layers_of, strength_of
 
-KINDS: tuple[Kind, ...] = ("add", "ablate", "clamp", "rank 4")
+KINDS: tuple[Kind, ...] = ("add", "ablate", "clamp")
 
 
 def set_control(wrapped: Any, rows: Rows) -> None:
@@ -20,9 +20,7 @@ def set_control(wrapped: Any, rows: Rows) -> None:
     kind, strength = kind_of(rows), strength_of(rows)
     scale = strength if kind == "add" else 1.0
     control = {layer: scale * directions(rows, layer) for layer in layers_of(rows)}
-    if kind == "rank 4":
-        wrapped.set_raw_control(control, operator=lambda h, v: h - (h @ v.mT) @ v)
-    elif kind == "add":
+    if kind == "add":
         wrapped.set_raw_control(control)
     else:
         wrapped.set_raw_control(control, operator=_pin(strength if kind == "clamp" else 0.0))

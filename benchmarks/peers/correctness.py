@@ -27,6 +27,10 @@ class WeakEdit(Exception):
     """The edit changes too little for a comparison to mean anything."""
 
 
+class NotRestored(Exception):
+    """What a removal left behind."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """``"yes"``, ``"no"`` or ``"n/a"`` by check, and the error of a check that raised."""
@@ -108,12 +112,19 @@ def logits(steered: Steered, inputs: Inputs) -> Tensor:
 
 @contextlib.contextmanager
 def watched(head: nn.Module, seen: list[Tensor]) -> Iterator[None]:
-    """Keep the last position of every output of ``head``."""
-    handle = head.register_forward_hook(lambda module, args, output: seen.append(output[:, -1].detach().clone()))
+    """Keep the last position of every output of ``head``, without a hook: some peers remove the hooks of others."""
+    forward = head.forward
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        seen.append(output[:, -1].detach().clone())
+        return output
+
+    head.forward = kept  # type: ignore[method-assign]
     try:
         yield
     finally:
-        handle.remove()
+        del head.forward
 
 
 def every_row(case: Case) -> bool:
@@ -148,21 +159,29 @@ def plan_per_row(case: Case) -> bool:
 
 
 def restored(case: Case) -> bool:
-    """After removal the same modules with the same bits give the same bits."""
+    """After removal the same modules with the same bits, and the hook of somebody else, give the same bits."""
     model = copy.deepcopy(case.model)
+    model.get_submodule("model.norm").register_forward_hook(lambda module, args, output: None)
     inputs = case.prompts([7, 4])
     before, modules, weights = logits(generating(model), inputs), structure(model), copy.deepcopy(model.state_dict())
     with case.adapter.steer(model, [case.edit(1)]) as steered:
         logits(steered, inputs)
     after = steered.model
-    same = structure(after) == modules and torch.equal(logits(generating(after), inputs), before)
-    return same and all(torch.equal(found, weights[name]) for name, found in after.state_dict().items())
+    weights_differ = [name for name, found in after.state_dict().items() if not torch.equal(found, weights[name])]
+    if structure(after) != modules:
+        raise NotRestored("modules, hooks or forwards are not those of before")
+    if weights_differ:
+        raise NotRestored(f"weights differ, the first is {weights_differ[0]}")
+    if not torch.equal(logits(generating(after), inputs), before):
+        frozen = any(not weight.requires_grad for weight in after.parameters())
+        raise NotRestored("the logits differ" + ("; its weights are left frozen" if frozen else ""))
+    return True
 
 
 def structure(model: nn.Module) -> list[tuple[object, ...]]:
-    """Each module's name, class, hooks and whether its forward was replaced."""
+    """Each module's name, class, hooks and the code of its forward."""
     return [
-        (name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+        (name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks), module.forward.__func__)
         for name, module in model.named_modules()
     ]
 

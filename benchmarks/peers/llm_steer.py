@@ -54,7 +54,6 @@ ADAPTER = Adapter(
     ("add",),
     steer,
     package="llm-steer",
-    per_row=True,
     means=block_inputs,
     note="adds at the input of a block, relative to the norm of the last token of the chunk",
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapter import Adapter, Change, Inputs, Rows, Steered, change, layers_of
+from .adapter import Adapter, Change, Inputs, Rows, Steered, change, layers_of, tokenizer
 
 
 @contextlib.contextmanager
@@ -16,7 +16,7 @@ def steer(model: Any, rows: Rows) -> Iterator[Steered]:
     """``TransformerBridge`` with ``hooks`` around its own ``generate``."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers("meta-llama/Llama-2-7b-hf", hf_model=model)
+    bridge = TransformerBridge.boot_transformers("llama", hf_model=model, tokenizer=tokenizer())
     hooks = [(f"blocks.{layer}.hook_out", _hook(change(rows, layer))) for layer in layers_of(rows)]
 
     def run(inputs: Inputs, tokens: int) -> None:
