@@ -79,6 +79,8 @@ class Steered:
     """The transformers model that runs."""
     generate: Callable[[Inputs, int], object]
     """Decodes greedily exactly so many tokens, through the peer's own call."""
+    head: nn.Module | None = None
+    """The module that computes the logits, where it is no longer ``model.lm_head``."""
 
 
 def tokenizer() -> Any:
@@ -118,11 +120,6 @@ class Adapter:
     authors_figure: str | None = None
     needs_patch: str | None = None
     """What had to be done before it imports beside the packages of today."""
-
-    @property
-    def install(self) -> str:
-        """The line that installs it."""
-        return INSTALL
 
     @property
     def version(self) -> str | None:

@@ -1,8 +1,8 @@
 """Whether a peer steers what it was asked to steer: outcomes, each compared with plain hooks on the same model in fp32.
 
 A state counts as the reference's where the logits differ from it by at most a thousandth of what the edit changes.
-References come in three scopes (every token, the prompt's, the generated ones'), so that a peer that forgets some tokens
-fails the check of those tokens and is still judged fairly on rows, layers and padding.
+References come in three scopes (every token, the prompt's, the generated ones'), so that a peer that forgets some
+tokens fails the check of those tokens and is still judged fairly on rows, layers and padding.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,10 +33,10 @@ class NotRestored(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """``"yes"``, ``"no"`` or ``"n/a"`` by check, and the error of a check that raised."""
+    """``"yes"``, ``"no"`` or ``"n/a"`` by check, and what a check that raised said."""
 
     correct: dict[str, str]
-    raised: dict[str, str] = field(default_factory=dict)
+    raised: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def generating(model: Any) -> Steered:
 def logits(steered: Steered, inputs: Inputs) -> Tensor:
     """The logits ``[B, TOKENS, V]`` that the model itself computes at each step of ``generate``."""
     seen: list[Tensor] = []
-    with watched(steered.model.get_output_embeddings(), seen):
+    with watched(steered.head or steered.model.lm_head, seen):
         steered.generate(inputs, TOKENS)
     return torch.stack(seen[:TOKENS], dim=1)
 
@@ -161,15 +161,18 @@ def plan_per_row(case: Case) -> bool:
 def restored(case: Case) -> bool:
     """After removal the same modules with the same bits, and the hook of somebody else, give the same bits."""
     model = copy.deepcopy(case.model)
-    model.get_submodule("model.norm").register_forward_hook(lambda module, args, output: None)
+    norm = model.model.norm
+    norm.register_forward_hook(lambda module, args, output: None)
     inputs = case.prompts([7, 4])
     before, modules, weights = logits(generating(model), inputs), structure(model), copy.deepcopy(model.state_dict())
     with case.adapter.steer(model, [case.edit(1)]) as steered:
         logits(steered, inputs)
     after = steered.model
-    weights_differ = [name for name, found in after.state_dict().items() if not torch.equal(found, weights[name])]
+    if not norm._forward_hooks:
+        raise NotRestored("it removed the hook of somebody else")
     if structure(after) != modules:
         raise NotRestored("modules, hooks or forwards are not those of before")
+    weights_differ = [name for name, found in after.state_dict().items() if not torch.equal(found, weights[name])]
     if weights_differ:
         raise NotRestored(f"weights differ, the first is {weights_differ[0]}")
     if not torch.equal(logits(generating(after), inputs), before):
@@ -181,9 +184,14 @@ def restored(case: Case) -> bool:
 def structure(model: nn.Module) -> list[tuple[object, ...]]:
     """Each module's name, class, hooks and the code of its forward."""
     return [
-        (name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks), module.forward.__func__)
+        (name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks), code_of(module))
         for name, module in model.named_modules()
     ]
+
+
+def code_of(module: nn.Module) -> object:
+    """The function behind a module's forward."""
+    return getattr(module.forward, "__func__", module.forward)
 
 
 CHECKS: dict[str, Callable[[Case], bool]] = {
@@ -197,6 +205,11 @@ CHECKS: dict[str, Callable[[Case], bool]] = {
 }
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, short."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 def judge(adapter: Adapter, model: Any, kind: Kind) -> Verdict:
     """Run every check.
 
@@ -205,7 +218,9 @@ def judge(adapter: Adapter, model: Any, kind: Kind) -> Verdict:
         model: a transformers Llama in fp32 with at least 4 layers; copied, never changed.
         kind: the edit, one of the adapter's.
     """
-    case, correct, raised = Case(adapter, model, kind), {}, {}
+    case = Case(adapter, model, kind)
+    correct: dict[str, str] = {}
+    raised: dict[str, str] = {}
     for name, check in CHECKS.items():
         if check is plan_per_row and not adapter.per_row:
             correct[name] = "n/a"
@@ -215,5 +230,5 @@ def judge(adapter: Adapter, model: Any, kind: Kind) -> Verdict:
         except WeakEdit:
             raise
         except Exception as error:  # whatever a peer raises is its outcome
-            correct[name], raised[name] = "no", f"{type(error).__name__}: {error}"
+            correct[name], raised[name] = "no", first_line(error)
     return Verdict(correct, raised)

@@ -28,9 +28,13 @@ def steer(model: Any, rows: Rows) -> Iterator[Steered]:
 
     steering = Steer(model, Tokenizer())
     vectors = {layer: _pushed(rows, layer) for layer in layers_of(rows)}
+
+    def method(element: Any, step: int, layer: int) -> Tensor:
+        return vectors[layer]
+
     try:
-        for layer in vectors:
-            steering.add(layer, SCALE, "", steering_method=lambda element, step, layer: vectors[layer])
+        for layer in layers_of(rows):
+            steering.add(layer, SCALE, "", steering_method=method)
         yield Steered(model, lambda inputs, tokens: generate(model, inputs, tokens))
     finally:
         steering.reset_all()

@@ -8,7 +8,6 @@ from typing import Any
 
 from .adapter import Adapter, Change, Inputs, Rows, Steered, change, layers_of, tokenizer
 
-
 OPTIONS = {"do_sample": False}
 
 
@@ -44,7 +43,7 @@ def _apart(traced: Any, rows: Rows) -> Callable[[Inputs, int], None]:
         with traced.generate(max_new_tokens=tokens, min_new_tokens=tokens, **OPTIONS) as tracer:
             for row, own in zip(each, edits, strict=True):
                 with tracer.invoke(row):
-                    for _ in tracer.iter[:]:
+                    for _ in tracer.iter[:tokens]:  # a row without edits would never leave an open slice
                         for block, edit in own:
                             block.output[:] = edit(block.output)
 
@@ -55,4 +54,11 @@ def _edits(traced: Any, rows: Rows) -> list[tuple[Any, Change]]:
     return [(traced.model.layers[layer], change(rows, layer)) for layer in layers_of(rows)]
 
 
-ADAPTER = Adapter("nnsight", ("add", "ablate", "clamp", "rank 4"), steer, package="nnsight", per_row=True)
+ADAPTER = Adapter(
+    "nnsight",
+    ("add", "ablate", "clamp", "rank 4"),
+    steer,
+    package="nnsight",
+    per_row=True,
+    authors_figure="an empty trace 308 us, 30 to 80 us per access",
+)

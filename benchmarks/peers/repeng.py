@@ -1,7 +1,7 @@
 """repeng: each block replaced by a wrapper that holds a control.
 
-The newest release on PyPI names ``numpy.float_`` in annotations, which numpy 2 no longer has; the name is lent to it while
-it is imported.
+The newest release on PyPI names ``numpy.float_`` in annotations, which numpy 2 no longer has; the name is lent to it
+while it is imported.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ def steer(model: Any, rows: Rows) -> Iterator[Steered]:
     """``TransformerBridge`` with ``hooks`` around its own ``generate``."""
     from transformer_lens.model_bridge import TransformerBridge
 
+    head = model.lm_head
     bridge = TransformerBridge.boot_transformers("llama", hf_model=model, tokenizer=tokenizer())
     hooks = [(f"blocks.{layer}.hook_out", _hook(change(rows, layer))) for layer in layers_of(rows)]
 
@@ -30,7 +31,7 @@ def steer(model: Any, rows: Rows) -> Iterator[Steered]:
         )
 
     with bridge.hooks(fwd_hooks=hooks):
-        yield Steered(model, run)
+        yield Steered(model, run, head)
 
 
 def _hook(edit: Change) -> Callable[..., Tensor]:
