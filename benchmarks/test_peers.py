@@ -5,18 +5,18 @@
 ``pip install torch==2.13.0 -e ".[peers]" && pip install --no-deps -r benchmarks/peers/requirements.txt``
 
 Every layer of a random 9M Llama is edited in fp32, at batch 1 and in a batch of eight rows that differ: two edits and a
-plain row in turn. Correctness comes first (``benchmarks/peers/correctness.py``). Then the stock model and a steered copy
-decode in turn from prompts of one token, so that every forward is a decode step. ``ratio_to_stock`` is time over the
-stock model's within a round, ``added_us_per_layer_token`` the difference by layer and decode step; both as quartiles.
+plain row in turn. Correctness comes first (``benchmarks/peers/correctness.py``). Then the stock model and a steered
+copy decode in turn from prompts of one token, so that every forward is a decode step. ``ratio_to_stock`` is time over
+the stock model's within a round, ``added_us_per_layer_token`` the difference by layer and decode step, both as
+quartiles.
 ``stock again`` is a second copy of the stock model: the noise floor.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+import os
 from typing import Any
 
 import pytest
@@ -31,7 +31,7 @@ from steerkern.timing import Contender, Quartiles, interleave
 
 SHAPE = "9M"
 LAYERS = SHAPES[SHAPE]["num_hidden_layers"]
-TOKENS, ROUNDS, MIXED = 24, 11, 8
+TOKENS, ROUNDS, MIXED = 16, 15, 8
 BATCHED = ("add", "ablate")
 CASES = [(peer, kind, 1) for peer in ADAPTERS for kind in peer.edits]
 CASES += [(peer, kind, MIXED) for peer in ADAPTERS for kind in peer.edits if kind in BATCHED]
@@ -75,6 +75,7 @@ def measure(steered: Steered, batch: int) -> dict[str, Any]:
     return {
         "added_us_per_layer_token": [round(x, 2) for x in added],
         "ratio_to_stock": [round(x, 4) for x in ratio],
+        "load": round(os.getloadavg()[0], 1),
     }
 
 
@@ -91,17 +92,14 @@ def missing(peer: Adapter, batch: int) -> str:
     return ""
 
 
-@contextlib.contextmanager
-def started(peer: Adapter, rows: Rows, batch: int) -> Iterator[Steered | str]:
-    """The peer at work on a copy of the model, or what it raised before it had decoded anything."""
-    with contextlib.ExitStack() as stack:
-        try:
-            steered = stack.enter_context(peer.steer(copy.deepcopy(stock()), rows))
+def failure(peer: Adapter, rows: Rows, batch: int) -> str:
+    """What a peer raises when it decodes two tokens; empty if nothing."""
+    try:
+        with peer.steer(copy.deepcopy(stock()), rows) as steered:
             steered.generate(prompts(batch), 2)
-        except Exception as error:  # whatever a peer raises is the reason
-            yield first_line(error)
-        else:
-            yield steered
+    except Exception as error:  # whatever a peer raises is the reason
+        return first_line(error)
+    return ""
 
 
 def not_run(benchmark: Any, peer: Adapter | Absent, reason: str, install: str) -> None:
@@ -118,13 +116,12 @@ def theirs(peer: Adapter | Absent) -> str | None:
 @pytest.mark.parametrize(("peer", "kind", "batch"), CASES, ids=lambda value: getattr(value, "name", str(value)))
 def test_peer(benchmark: Any, peer: Adapter, kind: Kind, batch: int) -> None:
     benchmark.extra_info |= {"edit": label(kind, batch), "version": peer.version, "note": peer.note}
-    reason = missing(peer, batch)
+    rows = edits(peer, kind, batch)
+    reason = missing(peer, batch) or failure(peer, rows, batch)
     if reason:
         return not_run(benchmark, peer, reason, INSTALL)
-    with started(peer, edits(peer, kind, batch), batch) as steered:
-        if isinstance(steered, str):
-            return not_run(benchmark, peer, steered, INSTALL)
-        found = verdict(peer, kind)
+    found = verdict(peer, kind)
+    with peer.steer(copy.deepcopy(stock()), rows) as steered:
         benchmark.extra_info |= measure(steered, batch)
         benchmark.pedantic(lambda: steered.generate(prompts(batch), TOKENS))
     benchmark.extra_info |= {"peer": peer.name, "status": "run", "correct": found.correct, "raised": found.raised}

@@ -158,19 +158,29 @@ def plan_per_row(case: Case) -> bool:
     return bool(case.agrees([case.edit(1), None, case.edit(2)], case.prompts([7, 7, 7])).all())
 
 
+def two_models(case: Case) -> bool:
+    """A model stays steered as it was while another one is steered otherwise."""
+    inputs, rows, others = case.prompts([7]), [case.edit(1)], [case.edit(2)]
+    with case.adapter.steer(copy.deepcopy(case.model), rows) as one:
+        alone = logits(one, inputs)
+        with case.adapter.steer(copy.deepcopy(case.model), others) as other:
+            beside, theirs = logits(one, inputs), logits(other, inputs)
+        after = logits(one, inputs)
+    return torch.equal(alone, beside) and torch.equal(alone, after) and not torch.equal(alone, theirs)
+
+
 def restored(case: Case) -> bool:
     """After removal the same modules with the same bits, and the hook of somebody else, give the same bits."""
     model = copy.deepcopy(case.model)
-    norm = model.model.norm
+    inputs, norm, own = case.prompts([7, 4]), model.model.norm, structure(model)
     norm.register_forward_hook(lambda module, args, output: None)
-    inputs = case.prompts([7, 4])
-    before, modules, weights = logits(generating(model), inputs), structure(model), copy.deepcopy(model.state_dict())
+    before, hooked, weights = logits(generating(model), inputs), structure(model), copy.deepcopy(model.state_dict())
     with case.adapter.steer(model, [case.edit(1)]) as steered:
         logits(steered, inputs)
     after = steered.model
     if not norm._forward_hooks:
         raise NotRestored("it removed the hook of somebody else")
-    if structure(after) != modules:
+    if structure(after) != (hooked if after is model else own):
         raise NotRestored("modules, hooks or forwards are not those of before")
     weights_differ = [name for name, found in after.state_dict().items() if not torch.equal(found, weights[name])]
     if weights_differ:
@@ -201,6 +211,7 @@ CHECKS: dict[str, Callable[[Case], bool]] = {
     "right layer": right_layer,
     "left padding": left_padding,
     "plan per row": plan_per_row,
+    "two models": two_models,
     "restored": restored,
 }
 
