@@ -2,8 +2,8 @@
 
 **Not run on a GPU.** Written against the source of 0.5.23. Its CPU backend, run eagerly in float32 on a tiny Llama with
 stand-ins for the packages that need a GPU, gives the tokens of our own session: chunked and mixed prefill, overlapped
-scheduling, radix cache, two tensor-parallel ranks (``tests/serving/test_sglang.py``). CUDA graphs and SGLang's GPU
-kernels have never met this code.
+scheduling, radix cache, two tensor-parallel ranks (``tests/integrations/test_sglang_engine.py``). CUDA graphs and
+SGLang's GPU kernels have never met this code.
 
 With steerkern installed beside SGLang, ``STEERKERN_PLANS`` names the folders of the plans (``Plan.save_pretrained``),
 separated like those of ``PATH``; without it the plugin does nothing. A request asks for a plan in ``custom_params``::

@@ -3,7 +3,7 @@
 Skipped where SGLang is not installed; its packages are for a GPU, so that is a large installation. steerkern has to be
 installed too (``pip install .``), as SGLang finds the plugin by its entry point. Run with::
 
-    SGLANG_USE_CPU_ENGINE=1 pytest tests/serving/test_sglang.py
+    pytest tests/integrations/test_sglang_engine.py
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Layers: ``direction.N`` of the file is what llama.cpp adds to the output of bloc
 none for block 0. Run with::
 
     pip install cmake ninja && pip install --no-binary llama-cpp-python llama-cpp-python   # a CPU build, some minutes
-    pytest tests/serving/test_llama_cpp.py
+    pytest tests/integrations/test_llama_cpp.py
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(kind: str) -> LlamaForCausalLM:
     model, _ = organism.load()
-    from tests.serving.llama_gguf import round_matrices
+    from tests.integrations.llama_gguf import round_matrices
 
     round_matrices(model, kind)
     return model
@@ -102,7 +102,7 @@ def model(kind: str) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def engine(model: LlamaForCausalLM, kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    from tests.serving.llama_gguf import write_llama
+    from tests.integrations.llama_gguf import write_llama
 
     path = tmp_path_factory.mktemp("model") / "organism.gguf"
     write_llama(model, path, kind)
