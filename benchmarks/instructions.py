@@ -24,6 +24,7 @@ TOLERANCE = 0.02
 FLAGS = ("-std=c++17", "-O3", "-Wno-psabi", "-ffp-contract=off", "-fopenmp")
 """Those of setup.py."""
 
+
 def missing() -> str:
     """Why nothing can be counted here; empty if it can."""
     for tool in ("g++", "valgrind"):

@@ -43,8 +43,10 @@ class Suite:
     about: str
     tests: tuple[str, ...] = ()
     """Files of pytest-benchmark; those that are not in this clone are left out."""
+    cases: str = ""
+    """Which of their cases, as pytest's -k; all by default."""
     few: str = ""
-    """The cases of a quick run, as pytest's -k."""
+    """The same for a quick run."""
     module: str = ""
     """Instead of tests, a module that is run with ``arguments``."""
     arguments: tuple[str, ...] = ()
@@ -66,8 +68,9 @@ class Suite:
             return ["-c", LAUNCH, self.module, *(argument.format(out=out) for argument in given)]
         options = ["-c", "pyproject.toml", "-o", "pythonpath=", "-o", "addopts=--import-mode=importlib", "-v"]
         options += ["-p", "no:cacheprovider", f"--benchmark-json={out / self.name}.json"]
-        few = [*FEW_ROUNDS, "-k", self.few] if self.few else FEW_ROUNDS
-        return ["-c", LAUNCH, "pytest", *options, *(few if quick else ()), *self._files()]
+        cases = (self.few if quick else "") or self.cases
+        options += [*(FEW_ROUNDS if quick else ()), *(["-k", cases] if cases else ())]
+        return ["-c", LAUNCH, "pytest", *options, *self._files()]
 
     def _files(self) -> list[str]:
         found = [f"benchmarks/{name}" for name in self.tests]
@@ -89,19 +92,20 @@ def _no_kernels() -> str:
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("ops", "the fused op", ("test_ops.py",), "1-2048-1 or 64-2048-4 or 2048-bf16", missing=_no_kernels),
+        Suite("ops", "the fused op", ("test_ops.py",), few="1-2048-1 or 64-2048-4 or 2048-bf16", missing=_no_kernels),
         Suite("attach", "attach, detach, memory", ("test_attach.py",)),
-        Suite("swap", "row maps, changes of plans", ("test_swap.py",), "8-256 or swap-0"),
-        Suite("decode", "decoding", ("test_decode.py",), "9M-fp32-1]", missing=_no_kernels),
-        Suite("prefill", "prefill", ("test_prefill.py",), "9M-64", missing=_no_kernels),
-        Suite("controller", "a controller's cost", ("test_controller.py",), "34M"),
-        Suite("extraction", "reading states", ("test_extraction.py",), "9M"),
-        Suite("serving", "continuous batching, vLLM", ("test_serving.py", "test_vllm.py"), "9M"),
-        Suite("scaling", "scaling, roofline", ("test_scaling.py",), "bf16 or layers", missing=_no_kernels),
+        Suite("swap", "row maps, changes of plans", ("test_swap.py",), few="8-256 or swap-0"),
+        Suite("decode", "decoding", ("test_decode.py",), few="9M-fp32-1]", missing=_no_kernels),
+        Suite("prefill", "prefill", ("test_prefill.py",), few="9M-64", missing=_no_kernels),
+        Suite("controller", "a controller's cost", ("test_controller.py",), few="34M"),
+        Suite("extraction", "reading states", ("test_extraction.py",), few="9M"),
+        Suite("serving", "continuous batching, vLLM", ("test_serving.py", "test_vllm.py"), few="9M"),
+        Suite("scaling", "scaling, roofline", ("test_scaling.py",), few="bf16 or layers", missing=_no_kernels),
         Suite(
             "malloc",
             "eager baselines with tuned malloc",
             ("test_ops.py::test_against_eager_hook_and_norm", "test_prefill.py"),
+            "2048-2048 or 64-2048-1 or 9M-512 or 9M-1024 or 34M-256",
             "2048-2048-1-fp32 or 9M-512-fp32",
             environment=TUNED_MALLOC,
             missing=_no_kernels,

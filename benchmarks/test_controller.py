@@ -31,7 +31,7 @@ def test_controller(benchmark: Any, shape: str) -> None:
     guided = controller.plan(dict.fromkeys(range(layers), vector), 0.1, name="guided")
     plain = sk.Plan(sk.add(vector, 0.1), site="resid_post", scope="decode", name="plain")
     ids = torch.randint(3, 8000, (1, 16), generator=generator)
-    tokens, full = (12, 10) if shape == "0.5B" else (16, 20)
+    tokens, full = (6, 10) if shape == "0.5B" else (16, 20)
 
     def run() -> Any:
         return model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)

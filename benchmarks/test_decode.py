@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(bool(backends()["cpu"]), reason=backends()["cpu"
 GOALS = {"9M": 1.10, "34M": 1.04, "0.5B": 1.03}
 """At batch 1."""
 TOKENS = {"9M": 16, "34M": 12, "0.5B": 4}
-SECONDS = {"9M": 20, "34M": 20, "0.5B": 60}
+"""Enough for a session's first step to weigh little; a step of 0.5B at larger batches is long enough by itself."""
+SECONDS = {"9M": 20, "34M": 20, "0.5B": 45}
 PLANS = 256
 
 
@@ -34,7 +35,7 @@ PLANS = 256
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name in GOALS])
 def test_decode(benchmark: Any, shape: str, dtype: torch.dtype, batch: int) -> None:
     model = random_llama(shape, dtype)
-    width, tokens = model.config.hidden_size, TOKENS[shape]
+    width, tokens = model.config.hidden_size, 1 if shape == "0.5B" and batch > 1 else TOKENS[shape]
     generator = torch.Generator().manual_seed(1)
     inputs = {"input_ids": torch.randint(3, 500, (batch, 1), generator=generator)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

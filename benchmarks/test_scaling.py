@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(bool(cpu.unusable()), reason=cpu.unusable() or "
 Run = Callable[[], Any]
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 WIDTH = 2048
+STEPS = 4
 GROUP = 200e-6
 """Shorter calls are timed in groups of about so many seconds."""
 
@@ -69,7 +70,7 @@ def test_plans(benchmark: Any, dtype: torch.dtype) -> None:
 
 def test_layers(benchmark: Any) -> None:
     """A decode step of a model of width 256, every layer steered."""
-    shape, ids = SHAPES["9M"] | {"vocab_size": 512}, torch.zeros(1, 1, dtype=torch.long)
+    shape = SHAPES["9M"] | {"vocab_size": 512}
     unit = torch.nn.functional.normalize(torch.randn(256, generator=torch.Generator().manual_seed(1)), dim=0)
     plan = sk.Plan(sk.ablate(unit), name="open")
     models = {}
@@ -78,17 +79,17 @@ def test_layers(benchmark: Any) -> None:
         config = LlamaConfig(**{**shape, "num_hidden_layers": layers}, pad_token_id=0, bos_token_id=1)
         models[layers] = LlamaForCausalLM(config).eval()
 
-    sides = decode_sides(lambda layers: step(models[layers], ids, 16), models.__getitem__, plan, unit)
-    curve(benchmark, "layers (decode step, width 256, fp32)", tuple(models), sides, rounds=30)
+    sides = decode_sides(lambda layers: steps(models[layers], 16), models.__getitem__, plan, unit)
+    curve(benchmark, "layers (decode step, width 256, fp32)", tuple(models), sides, rounds=20, units=STEPS)
 
 
 def test_context(benchmark: Any) -> None:
     """A decode step of the 9M model behind more and more tokens."""
-    model, ids = random_llama("9M"), torch.zeros(1, 1, dtype=torch.long)
+    model = random_llama("9M")
     unit = torch.nn.functional.normalize(torch.randn(256, generator=torch.Generator().manual_seed(1)), dim=0)
     plan = sk.Plan(sk.ablate(unit), name="open")
-    sides = decode_sides(lambda context: step(model, ids, context), lambda _: model, plan, unit)
-    curve(benchmark, "tokens of context (decode step, 9M, fp32)", (16, 512, 1024, 2048), sides, rounds=30)
+    sides = decode_sides(lambda context: steps(model, context), lambda _: model, plan, unit)
+    curve(benchmark, "tokens of context (decode step, 9M, fp32)", (16, 512, 1024, 2048), sides, rounds=20, units=STEPS)
 
 
 @DTYPES
@@ -153,16 +154,17 @@ def op_sides(dtype: torch.dtype, shape: Callable[[int], tuple[int, int, int]]) -
     return {"fused": fused, "hook and norm": eager}
 
 
-def step(model: LlamaForCausalLM, ids: Tensor, context: int) -> Run:
-    """A forward of one token behind ``context`` tokens, which leaves the cache as it was."""
-    cache = DynamicCache(config=model.config)
+def steps(model: LlamaForCausalLM, context: int) -> Run:
+    """:data:`STEPS` forwards of one token behind ``context`` tokens, which leave the cache as it was."""
+    cache, ids = DynamicCache(config=model.config), torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad():
         model(torch.zeros(1, context, dtype=torch.long), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def run() -> None:
         with torch.no_grad():
-            model(ids, past_key_values=cache, use_cache=True)
-        cache.crop(-1)
+            for _ in range(STEPS):
+                model(ids, past_key_values=cache, use_cache=True)
+        cache.crop(-STEPS)
 
     return run
 
@@ -206,8 +208,12 @@ def curve(
     sizes: Sequence[int],
     sides: Mapping[str, Callable[[int], Contender]],
     rounds: int = 120,
+    units: int = 1,
 ) -> None:
-    """Time every side at every size in turn, and the first side once more at the smallest; fit straight lines."""
+    """Time every side at every size in turn, and the first side once more at the smallest; fit straight lines.
+
+    One run of a side is ``units`` of what is counted.
+    """
     made = {(name, size): side(size) for name, side in sides.items() for size in sizes}
     made["again", sizes[0]] = made[next(iter(sides)), sizes[0]]
     groups = {key: Group.of(contender.run) for key, contender in made.items()}
@@ -218,7 +224,7 @@ def curve(
     for name in sides:
         repeats = [groups[name, size].repeats for size in sizes]
         times = [timings.time(f"{name} {size}") for size in sizes]
-        us = [[round(1e6 * t / n, 3) for t in quartiles] for quartiles, n in zip(times, repeats, strict=True)]
+        us = [[round(1e6 * t / n / units, 3) for t in quartiles] for quartiles, n in zip(times, repeats, strict=True)]
         found[name] = {"us": us, **line(sizes, [median for _, median, _ in us])}
     benchmark.extra_info |= {
         "against": against,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 from .errors import SteerkernError
 
@@ -207,7 +207,9 @@ def _bars(axes: Axes, panel: Bars) -> None:
 
     places, shares = range(len(panel.names)), panel.form.endswith("%")
     ends = [(v - low, high - v) for v, (low, high) in zip(panel.values, panel.spans, strict=False)]
-    whiskers = {"xerr": list(zip(*ends, strict=True)), "capsize": 2, "ecolor": "#555555"} if ends else {}
+    whiskers: dict[str, Any] = (
+        {"xerr": list(zip(*ends, strict=True)), "capsize": 2, "ecolor": "#555555"} if ends else {}
+    )
     bars = axes.barh(places, panel.values, color=PALETTE[0], height=0.6, **whiskers)
     axes.bar_label(bars, [f"{value:{panel.form}}" for value in panel.values], padding=3, fontsize=8)
     axes.set_yticks(places, panel.names)

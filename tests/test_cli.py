@@ -17,7 +17,7 @@ from steerkern.cli.chat import _Stream
 from steerkern.cli.doctor import EXTRAS
 from steerkern.cli.generate import parse_rows
 
-COMMANDS = ("demo", "extract", "generate", "chat", "train-controller", "compare", "inspect", "doctor")
+COMMANDS = ("demo", "extract", "generate", "chat", "train-controller", "compare", "bench", "inspect", "doctor")
 OTHERS = ("serve", "run")
 
 

@@ -34,7 +34,8 @@ def bench(
     absent = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
     if absent:
         raise SteerkernError(f"benchmarks need {' and '.join(absent)}: pip install 'steerkern[bench]'")
-    sys.path.insert(0, str(_clone()))
+    if (clone := str(_clone())) not in sys.path:
+        sys.path.insert(0, clone)
     from benchmarks import pictures, suites, tables  # type: ignore[import-not-found,unused-ignore]
 
     unknown = [name for name in suite or () if name not in suites.SUITES]
