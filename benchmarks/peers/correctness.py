@@ -83,7 +83,7 @@ class Case:
         steered = torch.ones(found.shape[0], dtype=torch.bool)
         if len(rows) > 1:
             steered = torch.tensor([edit is not None for edit in rows])
-        matches = []
+        agreed = torch.zeros(found.shape[:2], dtype=torch.bool)
         for scope in scopes:
             with editing(self.adapter.means(self.model, rows), scope):
                 wanted = logits(plain, inputs)
@@ -92,8 +92,10 @@ class Case:
                 raise WeakEdit(f"the edit changes logits of up to {stock.abs().max()} by {effect.tolist()}")
             allowed = TOLERANCE * torch.where(steered, effect, effect.max())
             close = (found - wanted).abs().amax(-1) <= allowed[:, None]
-            matches.append(close.cumprod(1).bool())
-        return torch.stack(matches).any(0)
+            agreed |= close.cumprod(1).bool()
+            if bool(agreed.all()):
+                break
+        return agreed
 
 
 def generating(model: Any) -> Steered:
