@@ -110,7 +110,7 @@ SUITES = {
             environment=TUNED_MALLOC,
             missing=_no_kernels,
         ),
-        Suite("peers", "other libraries", ("test_peers.py",)),
+        Suite("peers", "other libraries", ("test_peers.py",), few="add-1] and (steerkern or repeng or stock)"),
         Suite(
             "isolation",
             "do tenants leak into each other",
