@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks import records
 from steerkern.plots import Axis, Bars, Line, Panel, Plot
 
+ABREAST = 3
+"""Panels of one picture of bars."""
 LABELS = {"fused": "fused op", "hook and norm": "eager hook and norm", "hook": "hook", "steerkern": "steered"}
 
 
@@ -17,7 +19,7 @@ def peers(folder: Path) -> list[Plot]:
     record = records.read(folder, "peers")
     if record is None:
         return []
-    ran = [row for row in record.rows.values() if row["status"] == "run"]
+    ran = [row for row in record.rows.values() if row["status"] == "run" and "again" not in row]
     panels: list[Axis] = []
     for edit in dict.fromkeys(row["edit"] for row in ran):
         rows = sorted((row for row in ran if row["edit"] == edit), key=lambda row: row["added_us_per_layer_token"][1])
@@ -26,7 +28,11 @@ def peers(folder: Path) -> list[Plot]:
         medians, spans = tuple(v[1] for v in values), tuple((v[0], v[2]) for v in values)
         panels.append(Bars(edit, "us added per layer and token", names, medians, form=".0f", spans=spans))
     caption = "Medians with quartiles; below 0 is faster than the stock model; * fails a check of the table."
-    return [Plot("peers", "Steering with other libraries", tuple(panels), caption)]
+    pages = [tuple(panels[i : i + ABREAST]) for i in range(0, len(panels), ABREAST)]
+    return [
+        Plot("peers" if i == 0 else f"peers-{i + 1}", "Steering with other libraries", page, caption)
+        for i, page in enumerate(pages)
+    ]
 
 
 def scaling(folder: Path) -> list[Plot]:

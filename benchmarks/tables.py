@@ -57,7 +57,7 @@ def peers(folder: Path) -> Table | None:
                 "peer": f"{row['peer']} {row.get('version') or ''}".strip(),
                 "edit": row["edit"],
                 "added": _quartiles(row["added_us_per_layer_token"], ".1f") if ran else "not run",
-                "ratio": _quartiles(row["ratio_to_stock"]) if ran else f"`{row['install']}`",
+                "ratio": _quartiles(row["ratio_to_stock"]) if ran else _absence(row),
                 **{name: row.get("correct", {}).get(name, "") for name in checks},
                 "theirs": row.get("authors_figure"),
             }
@@ -173,7 +173,8 @@ def isolation(folder: Path) -> Table | None:
     ]
     note = (
         f"{found['tenants']} tenants with an axis each, {found['threads']} threads, one session; the rows `wrong on "
-        f"purpose` must leak. {found['date'][:10]}, commit {found['commit'][:7]}."
+        f"purpose` must leak. Made {found['date'][:10]}, commit {found['commit'][:7]}; repeat: `steerkern bench --suite "
+        "isolation`."
     )
     columns = (Column("level", "level"), *(Column(key, title) for key, title in keys.items()))
     return Table("isolation", "Isolation", columns, tuple(body), note)
@@ -197,7 +198,7 @@ def _speedups(name: str, title: str, record: Record | None, parameters: Sequence
     for benchmark, row in record.rows.items():
         ratios: Mapping[str, Any] = row["speedup_over_stock_quartiles"]
         at: dict[str, Any] = dict(zip(parameters, records.case(benchmark).split(", "), strict=False))
-        at |= {"batch": at.get("batch", "1"), "rate": f"{row['tokens_per_second']['stock']:.0f}"}
+        at |= {"batch": at.get("batch", "1"), "rate": _rate(row["tokens_per_second"]["stock"])}
         at |= {side: _quartiles(ratios[side]) for side in ratios}
         body.append({**at, "goal": row.get("goal")})
     goal = [Column("goal", "goal", ".2f")] if any(row["goal"] for row in body) else []
@@ -249,6 +250,16 @@ def _table(
 def _quartiles(found: Sequence[float], form: str = ".2f") -> str:
     low, median, high = found
     return f"{median:{form}} ({low:{form}} to {high:{form}})"
+
+
+def _rate(tokens: float) -> str:
+    return f"{tokens:.0f}" if tokens >= 100 else f"{tokens:.1f}"
+
+
+def _absence(row: Mapping[str, Any]) -> str:
+    """Why a library was not run, and what would install it."""
+    reason, install = row.get("reason", ""), row["install"]
+    return reason if install in reason else "; ".join(filter(None, (reason, f"`{install}`")))
 
 
 def text(folder: Path = RESULTS) -> str:

@@ -86,12 +86,13 @@ def test_peers_that_ran_and_peers_that_did_not(tmp_path):
         "authors_figure": None, "install": "pip install other",
     }  # fmt: skip
     ours = {**ran, "peer": "ours", "added_us_per_layer_token": [-9, -8, -7], "correct": {"every row": "yes"}}
-    absent = {**ran, "peer": "gone", "status": "not run", "authors_figure": "2x (theirs)"}
-    folder = written(tmp_path, "peers", a=ran, b=absent, c=ours)
+    again = {**ran, "peer": "stock again", "version": None, "again": 0.99, "correct": {}}
+    absent = {**ran, "peer": "gone", "status": "not run", "reason": "needs a GPU", "authors_figure": "2x (theirs)"}
+    folder = written(tmp_path, "peers", a=ran, b=absent, c=ours, d=again)
     (table,) = tables.everything(folder)
     page = table.to_markdown()
     assert "| other 1.2 | add | 36.0 (30.0 to 41.0) | 1.20 (1.10 to 1.30) | yes | no |" in page
-    assert "| gone 1.2 | add | not run | `pip install other` |" in page
+    assert "| gone 1.2 | add | not run | needs a GPU; `pip install other` |" in page
     assert "2x (theirs)" in page
     (plot,) = pictures.everything(folder)
     (bars,) = plot.panels
