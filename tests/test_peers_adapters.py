@@ -217,8 +217,7 @@ def test_every_peer_names_a_version_or_says_how_to_install_it() -> None:
 
 
 def _extra(name: str) -> list[str]:
-    import tomllib
-
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return list(project["optional-dependencies"][name])
 
