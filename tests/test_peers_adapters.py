@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.peers.adapter import (
     Adapter,
     Change,
     Edit,
+    Inputs,
     Place,
     Rows,
     Steered,
@@ -36,10 +38,12 @@ ROOT = Path(__file__).parent.parent
 KINDS = ("add", "ablate", "clamp", "rank 4")
 
 
-@contextlib.contextmanager
-def hooks(places: list[tuple[Place, Change]], model: Any, scope: str = "all") -> Iterator[Steered]:
-    with editing(places, scope):
-        yield Steered(model, partial(generate, model))
+def hooks(places: list[tuple[Place, Change]], model: Any, scope: str = "all") -> AbstractContextManager[Steered]:
+    def steered(inputs: Inputs, tokens: int) -> object:
+        with editing(places, scope):
+            return generate(model, inputs, tokens)
+
+    return contextlib.nullcontext(Steered(model, steered))
 
 
 def row_0_only(model: Any, rows: Rows) -> Any:
@@ -213,8 +217,7 @@ def test_every_peer_names_a_version_or_says_how_to_install_it() -> None:
 
 
 def _extra(name: str) -> list[str]:
-    import tomllib
-
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return list(project["optional-dependencies"][name])
 

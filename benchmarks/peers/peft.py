@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .adapter import Adapter, Change, Edit, Inputs, Place, Rows, Steered, change, generate, kind_of, layers_of
 
@@ -73,17 +73,8 @@ def written(model: Any, rows: Rows) -> list[tuple[Place, Change]]:
     names = WRITERS[kind_of(rows)]
     places: list[tuple[Place, Change]] = []
     for layer in layers_of(rows):
-        places += [((linear, "output"), _change(rows, layer)) for linear in _linears(model.model.layers[layer], names)]
+        places += [((linear, "output"), change(rows, layer)) for linear in _linears(model.model.layers[layer], names)]
     return places
-
-
-def _change(rows: Rows, layer: int) -> Change:
-    edit = change(rows, layer)
-
-    def apply(output: Tensor) -> Tensor:
-        return edit(output)
-
-    return apply
 
 
 ADAPTER = Adapter(
