@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -32,14 +32,15 @@ def vector(seed: int, width: int = WIDTH) -> torch.Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(seed))
 
 
-def mixed_plans(width: int = WIDTH, layers: int = LAYERS, size: float = 1.0) -> dict[str, sk.Plan]:
-    """One of each scope, at an inner layer, at all of them and at the final norm."""
-    v = [vector(i, width) for i in range(4)]
+def mixed_plans(*, mid: bool = True) -> dict[str, sk.Plan]:
+    """One of each scope: at an inner layer, at all of them, at the final norm and, with ``mid``, inside a block."""
+    v = [vector(i) for i in range(4)]
+    site: Literal["resid_pre", "resid_mid"] = "resid_mid" if mid else "resid_pre"
     plans = [
-        sk.Plan(sk.add(v[0], 6.0 * size), layers=1, name="early"),
+        sk.Plan(sk.add(v[0], 6.0), layers=1, name="early"),
         sk.Plan(sk.ablate(v[1]), scope="decode", name="everywhere"),
-        sk.Plan(sk.add(v[2], 8.0 * size), layers=layers - 1, site="resid_post", name="last"),
-        sk.Plan(sk.clamp(v[3], 3.0 * size), layers=[2], scope="prompt", name="prompted"),
+        sk.Plan(sk.add(v[2], 8.0), layers=LAYERS - 1, site="resid_post", name="last"),
+        sk.Plan(sk.clamp(v[3], 3.0), layers=[2], site=site, scope="prompt", name="prompted"),
     ]
     return {plan.name: plan for plan in plans}
 
@@ -68,8 +69,8 @@ def expected(model: Path, plans: Mapping[str, sk.Plan], asks: Sequence[Ask]) -> 
         with sk.steer(loaded, several, silent="ignore") if several else contextlib.nullcontext():
             ids = torch.tensor([ask.prompt])
             made = loaded.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=ask.new, min_new_tokens=ask.new, do_sample=False,
-                pad_token_id=0,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=ask.new, min_new_tokens=ask.new,
+                do_sample=False, pad_token_id=0,
             )  # fmt: skip
         replies.append(made[0, len(ask.prompt) :].tolist())
     return replies
@@ -138,10 +139,12 @@ def engine(model: Path, settings: Mapping[str, Any] | None, **changes: Any) -> I
         "max_num_batched_tokens": 256, "block_size": 32, "num_gpu_blocks_override": 64, "skip_tokenizer_init": True,
         "additional_config": {} if settings is None else {"steerkern": dict(settings)}, **changes,
     }  # fmt: skip
-    llm = LLM(model=str(model), **options)
     try:
-        yield Engine(llm)
+        llm = LLM(model=str(model), **options)
+        try:
+            yield Engine(llm)
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
         cleanup_dist_env_and_memory()

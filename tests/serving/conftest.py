@@ -1,7 +1,7 @@
 """A real vLLM on the CPU; ``tests/serving/run.sh`` makes the environment that these tests need.
 
-What is asked of a model runner is asked of V1, and of V2 where ``VLLM_USE_V2_MODEL_RUNNER=1``: that runs on a CPU through
-Triton's interpreter.
+What is asked of a model runner is asked of V1, and of V2 where ``VLLM_USE_V2_MODEL_RUNNER=1``: that runs on a CPU
+through Triton's interpreter.
 """
 
 from __future__ import annotations

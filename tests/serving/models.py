@@ -40,6 +40,8 @@ class Family:
     name: str
     config: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    mid: bool = True
+    """Whether a norm of vLLM's block adds what attention brings to the stream."""
 
     def __str__(self) -> str:
         return self.name
@@ -57,10 +59,10 @@ FAMILIES = [
     Family("gemma2", "Gemma2Config", {**WINDOW, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}),
     Family("gemma3_text", "Gemma3TextConfig", {**WINDOW, "query_pre_attn_scalar": 32}),
     Family("phi3", "Phi3Config"),
-    Family("granite", "GraniteConfig", {"residual_multiplier": 0.5}),
+    Family("granite", "GraniteConfig", {"residual_multiplier": 0.5}, mid=False),
     Family("mixtral", "MixtralConfig", MOE),
     Family("qwen3_moe", "Qwen3MoeConfig", MOE),
-    Family("gpt2", "GPT2Config", {"n_positions": 256, "n_inner": 128}),
+    Family("gpt2", "GPT2Config", {"n_positions": 256, "n_inner": 128}, mid=False),
 ]
 LLAMA = FAMILIES[0]
 REFUSED = [

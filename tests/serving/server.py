@@ -15,13 +15,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 import steerkern.organism
 from tests.serving.asked import Ask
 from tests.serving.models import Family, saved
+
+if TYPE_CHECKING:
+    import httpx
 
 SECONDS = 240
 """Longest that a server may take to start, or to answer."""
@@ -53,6 +54,8 @@ class Server:
 
     def post(self, route: str, body: Any) -> httpx.Response:
         """One request; ``body`` is JSON text or what becomes it."""
+        import httpx
+
         content = body if isinstance(body, str) else json.dumps(body)
         headers = {"Content-Type": "application/json"}
         return httpx.post(f"{self.url}/v1/{route}", content=content, headers=headers, timeout=SECONDS)
@@ -95,6 +98,8 @@ def serving(model: Path, settings: Mapping[str, Any], *flags: str) -> Iterator[S
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    import httpx
+
     end = time.monotonic() + SECONDS
     while time.monotonic() < end and process.poll() is None:
         with contextlib.suppress(httpx.TransportError):

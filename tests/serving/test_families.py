@@ -11,7 +11,7 @@ from tests.serving.models import FAMILIES, REFUSED, Family, saved
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_a_mixed_batch_is_token_identical(family: Family) -> None:
-    model, plans, asks = saved(family), mixed_plans(), mixed_asks()
+    model, plans, asks = saved(family), mixed_plans(mid=family.mid), mixed_asks()
     wanted = expected(model, plans, asks)
     plain = expected(model, plans, [Ask(ask.prompt) for ask in asks])
     changed = sum(one != other for one, other in zip(wanted, plain, strict=True))

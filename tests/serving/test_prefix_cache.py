@@ -71,9 +71,8 @@ def test_a_prompt_asked_twice(served: Engine, prompt: tuple[int, ...], first: An
         ("prompted", 96),  # nor were they written as a reply, as they are now
     ],
 )
-def test_a_reply_in_the_next_prompt(
-    served: Engine, prompt: tuple[int, ...], plans: Any, found: int, new: int = 50
-) -> None:
+def test_a_reply_in_the_next_prompt(served: Engine, prompt: tuple[int, ...], plans: Any, found: int) -> None:
+    new = 50
     made = served.answers([Ask(prompt, plans, new)])[0]
     assert [made.tokens] == expected(saved(LLAMA), PLANS, [Ask(prompt, plans, new)])
     longer = (*prompt, *made.tokens, 7, 8, 9)

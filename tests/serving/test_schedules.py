@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,15 @@ from tests.serving.models import LLAMA, saved
 
 pytestmark = pytest.mark.runner
 PLANS = mixed_plans()
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+RUNNER = "vllm.v1.worker.gpu.model_runner" if V2 else "vllm.v1.worker.gpu_model_runner"
 
 
 def test_a_mixed_batch() -> None:
     model, asks = saved(LLAMA), mixed_asks()
     with engine(model, {"plans": folders(PLANS)}) as served:
+        runner = type(served.llm.llm_engine.model_executor.driver_worker.worker.model_runner)
+        assert any(base.__module__ == RUNNER for base in runner.__mro__)
         assert served.tokens(asks) == expected(model, PLANS, asks)
         assert served.workers("summary")[0]["requests"] == len([ask for ask in asks if ask.plans])
 
@@ -36,9 +41,9 @@ def test_requests_that_are_preempted_resume(monkeypatch: pytest.MonkeyPatch) -> 
     _before(monkeypatch, Scheduler, "_preempt_request", lambda scheduler, request, *_: preempted.append(request))
     numbers = random.Random(0)
     named = ["early", "everywhere", None, "last", "prompted", ["early", "everywhere"]]
-    asks = [Ask(tuple(numbers.choices(range(3, 500), k=20 + 3 * i)), plans, 60) for i, plans in enumerate(named)]
+    asks = [Ask(tuple(numbers.choices(range(3, 500), k=20 + 3 * i)), plans, 48) for i, plans in enumerate(named)]
     model = saved(LLAMA)
-    with engine(model, {"plans": folders(PLANS)}, num_gpu_blocks_override=10, max_model_len=128) as served:
+    with engine(model, {"plans": folders(PLANS)}, num_gpu_blocks_override=8, max_model_len=128) as served:
         found = served.tokens(asks)
     assert len(preempted) >= 2
     assert found == expected(model, PLANS, asks)
