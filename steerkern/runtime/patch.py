@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from .blocks import rewritten
 
 METHODS = ("generate", "prepare_inputs_for_generation", "init_continuous_batching", "generate_batch")
 """Methods of a module that a handler can stand around."""
@@ -42,7 +43,7 @@ class CallHandler(Protocol):
 
 
 def attach(module: nn.Module, kind: str, handler: Any) -> None:
-    """Add a handler of ``kind`` (``norm``, ``call`` or one of :data:`METHODS`) to one module."""
+    """Add a handler of ``kind`` (``norm``, ``block``, ``call`` or one of :data:`METHODS`) to one module."""
     handlers = module.__dict__.get(_slot(kind))
     if handlers is not None:
         handlers.append(handler)
@@ -108,6 +109,8 @@ def _steered(base: type, kinds: tuple[str, ...]) -> type:
     members["__reduce_ex__"] = _refuse_copy
     if "norm" in kinds:
         members["forward"] = _forward
+    if "block" in kinds:
+        members["forward"] = rewritten(base).forward  # type: ignore[union-attr]
     if "call" in kinds:
         members["__call__"] = _call_of(base)
     for name in METHODS:

@@ -14,6 +14,7 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, Site, needs
+from .blocks import find_blocks
 from .continuous_batching import GenerateBatchCalls, ManagerCalls
 from .deciding import Deciding
 from .patch import attach, detach, occupied, suspended
@@ -25,7 +26,7 @@ from .requests import DecoderCalls, GenerateCalls, PrepareCalls
 from .rows import RowMap
 from .sites import Anatomy, examine
 
-Fuse = Literal["all", "sites", "none"]
+Fuse = Literal["all", "norms", "sites", "none"]
 Silent = Literal["error", "warn", "ignore"]
 Part = tuple[nn.Module, str, Any]
 """A module, the kind of its handler, the handler."""
@@ -91,8 +92,13 @@ class Session:
                 parts.append((found.door, "call", door))
         for spec in self.anatomy.norms:
             at = steered.get(spec.module)
-            if at is not None or fuse == "all":
+            if at is not None or fuse in ("all", "norms"):
                 parts.append((spec.module, "norm", NormPoint(spec, self._program, self._rows, at, self.backend)))
+        self.fused_blocks, self.unfused_blocks = {}, {}
+        if fuse == "all" and self.backend in dispatch.NATIVE:
+            standing = [module for module, kind, _ in parts if kind == "norm"]
+            self.fused_blocks, self.unfused_blocks = find_blocks(self.anatomy.blocks, standing)
+            parts += [(found.block, "block", found) for found in self.fused_blocks]
         return parts
 
     def _attach(self, parts: Iterable[Part]) -> None:
@@ -326,8 +332,8 @@ def steer(
     several = [plans] if isinstance(plans, Plan) else list(plans)
     for plan in several:
         _check_plan(plan)
-    if fuse not in ("all", "sites", "none"):
-        raise ValueError(f"fuse must be 'all', 'sites' or 'none', got {fuse!r}")
+    if fuse not in ("all", "norms", "sites", "none"):
+        raise ValueError(f"fuse must be 'all', 'norms', 'sites' or 'none', got {fuse!r}")
     if silent not in ("error", "warn", "ignore"):
         raise ValueError(f"silent must be 'error', 'warn' or 'ignore', got {silent!r}")
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps
