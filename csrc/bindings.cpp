@@ -47,6 +47,12 @@ class Steer {
 
   int64_t full(int64_t n, Address h, int64_t h_stride, Address slot, Address weight, Address bias, Address y,
                Address delta, int64_t delta_stride, Address trace, int64_t trace_columns, int threads) const {
+    return run(n, h, h_stride, slot, weight, bias, y, delta, delta_stride, 0, trace, trace_columns, threads);
+  }
+
+  int64_t run(int64_t n, Address h, int64_t h_stride, Address slot, Address weight, Address bias, Address y,
+              Address delta, int64_t delta_stride, Address base, Address trace, int64_t trace_columns,
+              int threads) const {
     cpu::Call call = call_;
     call.tables = &tables_;
     call.n = n;
@@ -58,6 +64,7 @@ class Steer {
     call.y = at<void>(y);
     call.delta = at<const void>(delta);
     call.delta_stride = delta_stride;
+    call.base = at<const void>(base);
     call.trace = at<float>(trace);
     call.trace_columns = trace_columns;
     threads = cpu::useful_threads(n, call.width, threads);
@@ -73,28 +80,30 @@ class Steer {
   cpu::Call call_{};
 };
 
-// steer(n, h, h_stride, slot, weight, bias, y, threads): the type's tp_call, because a `__call__` defined through
-// pybind11 takes 480 ns where this takes 190.
+// steer(n, h, h_stride, slot, weight, bias, y, threads[, base, delta]): the type's tp_call, because a `__call__` defined
+// through pybind11 takes 480 ns where this takes 190. With base and delta, rows like those of h, h becomes their sum.
 PyObject* call_steer(PyObject* self, PyObject* arguments, PyObject* keywords) {
-  constexpr int kCount = 8;
-  if (keywords || PyTuple_GET_SIZE(arguments) != kCount) {
+  constexpr int kCount = 8, kMost = kCount + 2;
+  const Py_ssize_t count = PyTuple_GET_SIZE(arguments);
+  if (keywords || (count != kCount && count != kMost)) {
     PyErr_SetString(PyExc_TypeError,
-                    "Steer takes eight positional integers: n, h, h_stride, slot, weight, bias, y, threads");
+                    "Steer takes eight positional integers: n, h, h_stride, slot, weight, bias, y, threads; or ten, "
+                    "with base and delta");
     return nullptr;
   }
-  int64_t value[kCount];
-  for (int i = 0; i < kCount; ++i) {
+  int64_t value[kMost] = {};
+  for (int i = 0; i < count; ++i) {
     value[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(arguments, i));
     if (value[i] == -1 && PyErr_Occurred()) return nullptr;
   }
-  const auto [n, h, h_stride, slot, weight, bias, y, threads] = value;
+  const auto [n, h, h_stride, slot, weight, bias, y, threads, base, delta] = value;
   const auto holder = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
   const Steer* steer = static_cast<const Steer*>(holder.value_ptr());
   if (!steer) {
     PyErr_SetString(PyExc_TypeError, "Steer.__init__ was not called");
     return nullptr;
   }
-  return PyLong_FromLongLong(steer->full(n, h, h_stride, slot, weight, bias, y, 0, 0, 0, 0, int(threads)));
+  return PyLong_FromLongLong(steer->run(n, h, h_stride, slot, weight, bias, y, delta, h_stride, base, 0, 0, int(threads)));
 }
 
 void set_isa(const std::string& name) {

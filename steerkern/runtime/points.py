@@ -210,38 +210,37 @@ class NormPoint(Point):
             self._check(fault, self.rows.slot[: self.rows.count])
         return out
 
-    def add(self, state: Tensor, other: Tensor) -> Tensor | None:
-        """Add ``other`` to ``state [..., H]`` in place, edit it and return it normalised; None if that is not for one
-        kernel call, and nothing was done.
-        """
-        if state.dtype is not self.dtype or other.dtype is not self.dtype or self.readings is not None or self.observer:
+    def add(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``left + right [..., H]``, edited, and that normalised; None where that is not for one kernel call."""
+        dtype = self.dtype
+        if left.dtype is not dtype or right.dtype is not dtype or torch.is_grad_enabled() or not self._threaded:
             return None
-        parameters = self._parameters
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        fits = state.shape == other.shape and state.shape[-1] == self.width
-        if not fits or not state.is_contiguous() or not other.is_contiguous() or type(state) is not Tensor:
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        count = left.numel() // self.width
+        slot = 0 if self.tables is None else self.rows.pointer
+        if (
+            left.shape != right.shape
+            or left.shape[-1] != self.width
+            or not left.is_contiguous()
+            or not right.is_contiguous()
+            or (weight is not None and weight.dtype is not dtype)
+            or self.readings is not None
+            or self.observer is not None
+            or (slot and count != self.rows.count)
+            or type(left) is not Tensor
+            or type(right) is not Tensor
+        ):
             return None
-        if type(other) is not Tensor or (weight is not None and weight.dtype is not self.dtype):
-            return None
-        address, added = state.data_ptr(), other.data_ptr()
-        scale, shift = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-        if self._unaligned and (address | added | scale | shift) & self._unaligned:
-            return None
-        slot, count = 0, state.numel() // self.width
-        if self.tables is not None:
-            slot = self.rows.pointer
-            if slot and count != self.rows.count:
-                return None
-            self.calls += 1
-        out = torch.empty_like(state)
-        small = self._threaded and count * self.width < THREADED_ELEMENTS
-        where = 1 if small else self._where(count * self.width)
-        fault = self._kernel.full(
-            count, address, self.width, slot, scale, shift, out.data_ptr(), added, self.width, 0, 0, where
-        )
+        self.calls += 1
+        total, out = torch.empty_like(left), torch.empty_like(left)
+        fault = self._kernel(
+            count, total.data_ptr(), self.width, slot, 0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(), out.data_ptr(), self._where(count * self.width),
+            left.data_ptr(), right.data_ptr(),
+        )  # fmt: skip
         if fault >= 0:
             self._check(fault, self.rows.slot[: self.rows.count])
-        return out
+        return total, out
 
     def _slow(self, state: Tensor) -> Tensor:
         self.edit(state)
