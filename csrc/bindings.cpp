@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/steer.h"
+#include "norm_call.h"
 #if defined(STEERKERN_CUDA)
 #include "cuda/binding.h"
 #endif
@@ -127,6 +128,21 @@ PYBIND11_MODULE(_C, m) {
       .def("full", &Steer::full, py::arg("n"), py::arg("h"), py::arg("h_stride"), py::arg("slot"), py::arg("weight"),
            py::arg("bias"), py::arg("y"), py::arg("delta"), py::arg("delta_stride"), py::arg("trace"),
            py::arg("trace_columns"), py::arg("threads"));
+  using steerkern::NormCall;
+  using steerkern::NormParts;
+  const py::custom_type_setup norm_callable(
+      [](PyHeapTypeObject* type) { type->ht_type.tp_call = steerkern::call_norm<Steer>; });
+  py::class_<NormCall<Steer>>(m, "NormCall", norm_callable, py::module_local())
+      .def(py::init([](py::object kernel, int64_t width, py::object dtype, py::dict parameters, py::object rows,
+                       int64_t threaded) {
+             const py::module_ torch = py::module_::import("torch");
+             NormParts parts{torch.attr("Tensor"), std::move(dtype), std::move(parameters), std::move(rows),
+                             torch.attr("empty_like"), torch.attr("is_grad_enabled"), torch.attr("get_num_threads"),
+                             width, threaded};
+             return NormCall<Steer>(std::move(kernel), std::move(parts));
+           }),
+           py::arg("kernel"), py::arg("width"), py::arg("dtype"), py::arg("parameters"), py::arg("rows"),
+           py::arg("threaded"));
   m.def("supported_isas", &steerkern::cpu::supported_isas, "Instruction sets that run here, the preferred one first.");
   m.def("isa", &steerkern::cpu::isa, "The instruction set in use.");
   m.def("set_isa", &steerkern::set_isa, py::arg("name"), "Use this instruction set from now on, in the whole process.");

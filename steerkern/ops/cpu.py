@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +55,26 @@ def bind(tables: Tables | None, width: int, dtype: torch.dtype, norm: int, eps: 
             span.data_ptr(), span.shape[0], gain.data_ptr(), tables,
         )  # fmt: skip
     return kernel
+
+
+def bind_norm(
+    kernel: _C.Steer, width: int, dtype: torch.dtype, parameters: Mapping[str, Tensor | None], rows: Any, threaded: int
+) -> _C.NormCall:
+    """A whole call of a norm module: ``norm(state)`` edits in place and returns the output.
+
+    ``norm(left, right)`` returns the edited sum as a new tensor, and its output. Both return None, with nothing done,
+    where gradients are enabled or the tensors are not contiguous rows ``[..., width]`` of ``dtype`` in number as the
+    row map.
+
+    Args:
+        kernel: what :func:`bind` returned.
+        width: of the rows.
+        dtype: of the rows, of ``weight`` and of ``bias``.
+        parameters: those of the module, by name; read at each call.
+        rows: has ``pointer`` and ``count`` of the row map; None for a norm that is never steered.
+        threaded: number of elements from which on several threads share a call.
+    """
+    return _C.NormCall(kernel, width, dtype, parameters, rows, threaded)
 
 
 def steer(
