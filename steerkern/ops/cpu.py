@@ -36,8 +36,9 @@ def bind(tables: Tables | None, width: int, dtype: torch.dtype, norm: int, eps: 
     """The kernel for rows ``[N, width]`` of one site; calling it costs about 0.2 us plus its work.
 
     ``kernel(N, h, h_stride, slot, weight, bias, y, threads)`` takes addresses (``slot``, ``weight`` and ``bias`` may be
-    0) and returns -1, or the first row whose slot reaches outside the tables; then nothing was written. With two more,
-    ``base`` and ``delta`` of the strides of ``h``, it first writes their sum to ``h``. The kernel keeps ``tables`` alive and reads their values at each call. Without tables it only normalises.
+    0) and returns -1, or the first row whose slot reaches outside the tables; then nothing was written. With two
+    addresses more, ``base`` and ``delta`` of rows with the stride of ``h``, their sum is written to ``h`` first. The
+    kernel keeps ``tables`` alive and reads their values at each call. Without tables it only normalises.
 
     Raises:
         BackendError: the extension is missing.

@@ -9,66 +9,72 @@ sessions, probes, a graph being compiled) the statements run as they were writte
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_backward_hooks as _BACKWARD
+from torch.nn.modules.module import _global_backward_pre_hooks as _BEFORE_BACKWARD
+from torch.nn.modules.module import _global_forward_hooks as _AFTER
+from torch.nn.modules.module import _global_forward_pre_hooks as _BEFORE
 
 from .rewriting import Rewritten, rewrite
 
 NORM = "_steerkern_norm"
 """Where a module keeps the handlers that stand in for a norm."""
 
-_hooks = torch.nn.modules.module
+DIRECT = "_steerkern_direct"
+"""On the class of a steered norm: whether calling it comes down to its forward."""
 
 
 def add_norm(left: Tensor, right: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     """``left + right`` and its norm."""
-    if not torch.compiler.is_compiling():
-        own = norm.__dict__
-        handlers = own.get(NORM)
-        # a hook must see the norm being called
-        if handlers is not None and len(handlers) == 1 and not (
-            own["_forward_hooks"] or own["_forward_pre_hooks"] or _hooks._global_forward_hooks
-            or _hooks._global_forward_pre_hooks
-        ):  # fmt: skip
-            both: tuple[Tensor, Tensor] | None = handlers[0].add(left, right)
-            if both is not None:
-                return both
+    if not torch.compiler.is_compiling() and getattr(type(norm), DIRECT, False) and not hooked(norm):
+        handlers = norm.__dict__[NORM]
+        both: tuple[Tensor, Tensor] | None = handlers[0].add(left, right) if len(handlers) == 1 else None
+        if both is not None:
+            return both
     total = left + right
     return total, norm(total)
 
 
+def hooked(module: Any) -> bool:
+    """Whether a hook wants to see a call of ``module``."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or _AFTER or _BEFORE or _BACKWARD or _BEFORE_BACKWARD)
+
+
 @dataclass(frozen=True, eq=False)
-class FusedBlock:
-    """A block that runs with its sums fused."""
+class BlockSums:
+    """The residual sums of one block that the kernels of its norms make."""
 
     layer: int
     block: nn.Module
     norms: tuple[str, ...]
-    """The norms whose kernel adds, by their name in the block."""
+    """The norms of those sums, by their name in the block."""
+    reason: str = ""
+    """Why there are none."""
 
 
-def find_blocks(blocks: Sequence[nn.Module], norms: Iterable[nn.Module]) -> tuple[list[FusedBlock], dict[int, str]]:
-    """The blocks that have sums which the kernels of ``norms`` can make, and by layer why the others have none."""
-    standing, found, reasons = set(norms), [], {}
-    for layer, block in enumerate(blocks):
-        made = rewritten(_stock_class(block)) if "forward" not in block.__dict__ else "its forward was replaced"
-        if isinstance(made, str):
-            reasons[layer] = made
-            continue
-        names = tuple(name for name in made.norms if getattr(block, name, None) in standing)
-        if names:
-            found.append(FusedBlock(layer, block, names))
-        else:
-            reasons[layer] = "no kernel stands in for the norm of its sum"
-    return found, reasons
+def find_sums(blocks: Iterable[nn.Module], norms: Iterable[nn.Module], backend: str) -> tuple[BlockSums, ...]:
+    """For each block, the sums that the kernels of ``norms`` can make."""
+    standing = set(norms)
+    return tuple(_sums_of(layer, block, standing, backend) for layer, block in enumerate(blocks))
 
 
-def _stock_class(block: nn.Module) -> type:
-    return getattr(type(block), "_steerkern_base", type(block))
+def _sums_of(layer: int, block: nn.Module, standing: set[nn.Module], backend: str) -> BlockSums:
+    if backend != "cpu":  # the other kernels add in place only, which whoever kept the summand would see
+        return BlockSums(layer, block, (), f"backend {backend} has no kernel that makes a new sum")
+    if "forward" in block.__dict__:
+        return BlockSums(layer, block, (), "its forward was replaced")
+    cls: Any = type(block)
+    made = rewritten(getattr(cls, "_steerkern_base", cls))
+    if isinstance(made, str):
+        return BlockSums(layer, block, (), made)
+    names = tuple(name for name in made.norms if getattr(block, name, None) in standing)
+    return BlockSums(layer, block, names, "" if names else "no kernel stands in for the norm of its sum")
 
 
 @functools.cache

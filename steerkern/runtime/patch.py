@@ -13,11 +13,10 @@ import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from .blocks import rewritten
+from .blocks import DIRECT, hooked, rewritten
 
 METHODS = ("generate", "prepare_inputs_for_generation", "init_continuous_batching", "generate_batch")
 """Methods of a module that a handler can stand around."""
@@ -110,7 +109,8 @@ def _steered(base: type, kinds: tuple[str, ...]) -> type:
     members["__reduce_ex__"] = _refuse_copy
     if "norm" in kinds:
         members["forward"] = _forward
-        members["__call__"] = _norm_call_of(base)
+        if "call" not in kinds and base.__call__ is nn.Module.__call__:
+            members["__call__"], members[DIRECT] = _norm_call, True
     if "block" in kinds:
         members["forward"] = rewritten(base).forward  # type: ignore[union-attr]
     if "call" in kinds:
@@ -132,18 +132,13 @@ def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     return handlers[-1](hidden_states)
 
 
-def _norm_call_of(base: type) -> Any:
-    hooks = torch.nn.modules.module
-
-    def call(self: Any, hidden_states: Tensor) -> Tensor:
-        handlers: list[NormHandler] = self._steerkern_norm
-        # nn.Module's own way to forward takes longer than the kernel
-        if len(handlers) > 1 or self._forward_hooks or self._forward_pre_hooks or hooks._global_forward_hooks:
-            out: Tensor = base.__call__(self, hidden_states)
-            return out
+def _norm_call(self: Any, hidden_states: Tensor) -> Tensor:
+    # nn.Module's own way to forward takes longer than the kernel
+    handlers: list[NormHandler] = self._steerkern_norm
+    if len(handlers) == 1 and not hooked(self):
         return handlers[0](hidden_states)
-
-    return call
+    out: Tensor = nn.Module.__call__(self, hidden_states)
+    return out
 
 
 def _call_of(base: type) -> Any:

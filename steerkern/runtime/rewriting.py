@@ -6,14 +6,14 @@ The source of ``forward`` is parsed, and of its statements only these change::
     residual = h                 ->      residual, x = add_norm(residual, x, self.norm)
     x = self.norm(h)
 
-``add_norm(a, b, norm)`` must return ``(a + b, norm(a + b))``; with a function that does just that, the rewritten forward
-is the original. That the source is what runs is checked, not assumed: compiled as it stands, it must give the very
-bytecode of the function.
+``add_norm(a, b, norm)`` must return ``(a + b, norm(a + b))``; with a function that does just that, the rewritten
+forward is the original. That the source is what runs is checked, not assumed: compiled as it stands, it must give the
+very bytecode of the function.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import inspect
 from collections.abc import Callable, Iterator
@@ -76,19 +76,18 @@ def _definition(function: FunctionType) -> ast.FunctionDef | None:
 
 def _same(one: CodeType, other: CodeType) -> bool:
     """Whether two code objects do the same, wherever they stand."""
-    return all(getattr(one, name) == getattr(other, name) for name in _CODE) and (
-        [(type(value), value) for value in one.co_consts] == [(type(value), value) for value in other.co_consts]
-    )
+    if (one.co_flags ^ other.co_flags) & ~inspect.CO_NESTED or any(getattr(one, n) != getattr(other, n) for n in _CODE):
+        return False
+    return [(type(value), value) for value in one.co_consts] == [(type(value), value) for value in other.co_consts]
 
 
-_CODE = (
-    "co_code", "co_names", "co_varnames", "co_flags", "co_argcount", "co_kwonlyargcount", "co_posonlyargcount",
-)  # fmt: skip
+_CODE = ("co_code", "co_names", "co_varnames", "co_argcount", "co_kwonlyargcount", "co_posonlyargcount")
 
 
 def _code(tree: ast.Module, function: FunctionType) -> CodeType:
     flags = function.__code__.co_flags & __future__.annotations.compiler_flag
-    return compile(tree, function.__code__.co_filename, "exec", flags, dont_inherit=True)
+    code: CodeType = compile(tree, function.__code__.co_filename, "exec", flags, dont_inherit=True)
+    return code
 
 
 def _compile(definition: ast.FunctionDef, function: FunctionType, add_norm: AddNorm) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, Site, needs
-from .blocks import find_blocks
+from .blocks import BlockSums, find_sums
 from .continuous_batching import GenerateBatchCalls, ManagerCalls
 from .deciding import Deciding
 from .patch import attach, detach, occupied, suspended
@@ -94,11 +94,12 @@ class Session:
             at = steered.get(spec.module)
             if at is not None or fuse in ("all", "norms"):
                 parts.append((spec.module, "norm", NormPoint(spec, self._program, self._rows, at, self.backend)))
-        self.fused_blocks, self.unfused_blocks = {}, {}
-        if fuse == "all" and self.backend in dispatch.NATIVE:
+        self.blocks: tuple[BlockSums, ...] = ()
+        """Per block, which sums its norms' kernels make, or why none; empty unless ``fuse`` is ``all``."""
+        if fuse == "all":
             standing = [module for module, kind, _ in parts if kind == "norm"]
-            self.fused_blocks, self.unfused_blocks = find_blocks(self.anatomy.blocks, standing)
-            parts += [(found.block, "block", found) for found in self.fused_blocks]
+            self.blocks = find_sums(self.anatomy.blocks, standing, self.backend)
+            parts += [(sums.block, "block", sums) for sums in self.blocks if sums.norms]
         return parts
 
     def _attach(self, parts: Iterable[Part]) -> None:
@@ -319,8 +320,9 @@ def steer(
         model: a transformers decoder-only model; its class and parameters stay untouched.
         plans: what to do; see :class:`Plan`.
         backend: ``cpu`` or ``reference``, which works or raises; None takes the fastest that runs here.
-        fuse: ``all`` replaces every norm of the decoder that the kernel can stand in for, steered or not; ``sites``
-            only the steered sites; ``none`` edits at the blocks' doors and leaves every norm stock
+        fuse: ``all`` replaces every norm of the decoder that the kernel can stand in for, steered or not, and on the
+            CPU the residual sums that such norms read; ``norms`` leaves the sums; ``sites`` replaces only the norms of
+            sites; ``none`` edits at the blocks' doors and leaves every norm stock
             that no earlier session stands in.
         silent: what leaving the ``with`` block does about a plan that wrote no token: ``error``, ``warn``, ``ignore``.
         capacity: table sizes; by default four times what ``plans`` need.
