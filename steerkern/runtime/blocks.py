@@ -41,9 +41,9 @@ def add_norm(left: Tensor, right: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def hooked(module: Any) -> bool:
-    """Whether a hook wants to see a call of ``module``."""
+    """Whether a hook wants to see a call of ``module``, or somebody gave it a forward of its own."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own or _AFTER or _BEFORE or _BACKWARD or _BEFORE_BACKWARD)
+    return bool(own or _AFTER or _BEFORE or _BACKWARD or _BEFORE_BACKWARD or "forward" in module.__dict__)
 
 
 @dataclass(frozen=True, eq=False)

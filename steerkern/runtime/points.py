@@ -226,7 +226,9 @@ class NormPoint(Point):
             return None
         out = torch.empty_like(state)
         where = self._where(count * self.width)
-        self._kernel(count, address, self.width, slot, scale, shift, out.data_ptr(), where)
+        fault = self._kernel(count, address, self.width, slot, scale, shift, out.data_ptr(), where)
+        if fault >= 0:
+            self._check(fault, self.rows.slot[: self.rows.count])
         return out
 
     def _slow(self, state: Tensor) -> Tensor:

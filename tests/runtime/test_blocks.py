@@ -166,7 +166,8 @@ def test_every_order_of_the_statements_means_the_same(statements: str, names: st
     source = f"class Block:\n    def forward(self, r, x):\n{lines}        return {', '.join(names)},\n"
     (tmp_path / "made.py").write_text(source)
     spec = importlib.util.spec_from_file_location("made", tmp_path / "made.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     calls = []
@@ -200,10 +201,26 @@ def test_what_a_hook_keeps_is_not_overwritten(
         logits(model, ids)
         states = [layer for layer in kept if layer]
         assert sums == [True] * LAYERS
-    assert set(kept) == {"", *states} and len(states) == 3
+    assert set(kept) == {"", *states}
+    assert len(states) == 3
     assert all(torch.equal(*kept[name][0]) for name in states)
     # the block's output is the next site's tensor, which is edited in place, with and without fused sums
     assert not torch.equal(*kept[""][0])
+
+
+def test_a_norm_given_a_forward_while_steered_runs_it(model: LlamaForCausalLM, ids: Tensor, vector: Tensor) -> None:
+    norm, seen = model.model.layers[1].post_attention_layernorm, []
+    with sk.steer(model, plan(vector)):
+        expected, stock = logits(model, ids), norm.forward
+
+        def forward(hidden_states: Tensor) -> Tensor:
+            seen.append(hidden_states)
+            return stock(hidden_states)
+
+        norm.forward = forward
+        assert torch.equal(logits(model, ids), expected)
+        del norm.forward
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("kind", ["forward", "pre", "global"])
@@ -257,7 +274,8 @@ def test_a_probe_in_the_middle_reads_the_sum(model: LlamaForCausalLM, ids: Tenso
         with sk.steer(model, sk.Plan(sk.probe(vector), site="resid_mid", name="look"), fuse=fuse) as session:
             logits(model, ids)
             read[fuse] = session.readings("look")
-    assert read["norms"].keys() == read["all"].keys() and len(read["all"]) == LAYERS
+    assert read["norms"].keys() == read["all"].keys()
+    assert len(read["all"]) == LAYERS
     assert all(torch.equal(read["all"][site], read["norms"][site]) for site in read["all"])
 
 
