@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/steer.h"
+#include "norm_call.h"
 #if defined(STEERKERN_CUDA)
 #include "cuda/binding.h"
 #endif
@@ -47,6 +48,12 @@ class Steer {
 
   int64_t full(int64_t n, Address h, int64_t h_stride, Address slot, Address weight, Address bias, Address y,
                Address delta, int64_t delta_stride, Address trace, int64_t trace_columns, int threads) const {
+    return run(n, h, h_stride, slot, weight, bias, y, delta, delta_stride, 0, trace, trace_columns, threads);
+  }
+
+  int64_t run(int64_t n, Address h, int64_t h_stride, Address slot, Address weight, Address bias, Address y,
+              Address delta, int64_t delta_stride, Address base, Address trace, int64_t trace_columns,
+              int threads) const {
     cpu::Call call = call_;
     call.tables = &tables_;
     call.n = n;
@@ -58,6 +65,7 @@ class Steer {
     call.y = at<void>(y);
     call.delta = at<const void>(delta);
     call.delta_stride = delta_stride;
+    call.base = at<const void>(base);
     call.trace = at<float>(trace);
     call.trace_columns = trace_columns;
     threads = cpu::useful_threads(n, call.width, threads);
@@ -73,28 +81,30 @@ class Steer {
   cpu::Call call_{};
 };
 
-// steer(n, h, h_stride, slot, weight, bias, y, threads): the type's tp_call, because a `__call__` defined through
-// pybind11 takes 480 ns where this takes 190.
+// steer(n, h, h_stride, slot, weight, bias, y, threads[, base, delta]): the type's tp_call, because a `__call__` defined
+// through pybind11 takes 480 ns where this takes 190. With base and delta, rows like those of h, h becomes their sum.
 PyObject* call_steer(PyObject* self, PyObject* arguments, PyObject* keywords) {
-  constexpr int kCount = 8;
-  if (keywords || PyTuple_GET_SIZE(arguments) != kCount) {
+  constexpr int kCount = 8, kMost = kCount + 2;
+  const Py_ssize_t count = PyTuple_GET_SIZE(arguments);
+  if (keywords || (count != kCount && count != kMost)) {
     PyErr_SetString(PyExc_TypeError,
-                    "Steer takes eight positional integers: n, h, h_stride, slot, weight, bias, y, threads");
+                    "Steer takes eight positional integers: n, h, h_stride, slot, weight, bias, y, threads; or ten, "
+                    "with base and delta");
     return nullptr;
   }
-  int64_t value[kCount];
-  for (int i = 0; i < kCount; ++i) {
+  int64_t value[kMost] = {};
+  for (int i = 0; i < count; ++i) {
     value[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(arguments, i));
     if (value[i] == -1 && PyErr_Occurred()) return nullptr;
   }
-  const auto [n, h, h_stride, slot, weight, bias, y, threads] = value;
+  const auto [n, h, h_stride, slot, weight, bias, y, threads, base, delta] = value;
   const auto holder = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
   const Steer* steer = static_cast<const Steer*>(holder.value_ptr());
   if (!steer) {
     PyErr_SetString(PyExc_TypeError, "Steer.__init__ was not called");
     return nullptr;
   }
-  return PyLong_FromLongLong(steer->full(n, h, h_stride, slot, weight, bias, y, 0, 0, 0, 0, int(threads)));
+  return PyLong_FromLongLong(steer->run(n, h, h_stride, slot, weight, bias, y, delta, h_stride, base, 0, 0, int(threads)));
 }
 
 void set_isa(const std::string& name) {
@@ -118,6 +128,21 @@ PYBIND11_MODULE(_C, m) {
       .def("full", &Steer::full, py::arg("n"), py::arg("h"), py::arg("h_stride"), py::arg("slot"), py::arg("weight"),
            py::arg("bias"), py::arg("y"), py::arg("delta"), py::arg("delta_stride"), py::arg("trace"),
            py::arg("trace_columns"), py::arg("threads"));
+  using steerkern::NormCall;
+  using steerkern::NormParts;
+  const py::custom_type_setup norm_callable(
+      [](PyHeapTypeObject* type) { type->ht_type.tp_call = steerkern::call_norm<Steer>; });
+  py::class_<NormCall<Steer>>(m, "NormCall", norm_callable, py::module_local())
+      .def(py::init([](py::object kernel, int64_t width, py::object dtype, py::dict parameters, py::object rows,
+                       int64_t threaded) {
+             const py::module_ torch = py::module_::import("torch");
+             NormParts parts{torch.attr("Tensor"), std::move(dtype), std::move(parameters), std::move(rows),
+                             torch.attr("empty_like"), torch.attr("is_grad_enabled"), torch.attr("get_num_threads"),
+                             width, threaded};
+             return NormCall<Steer>(std::move(kernel), std::move(parts));
+           }),
+           py::arg("kernel"), py::arg("width"), py::arg("dtype"), py::arg("parameters"), py::arg("rows"),
+           py::arg("threaded"));
   m.def("supported_isas", &steerkern::cpu::supported_isas, "Instruction sets that run here, the preferred one first.");
   m.def("isa", &steerkern::cpu::isa, "The instruction set in use.");
   m.def("set_isa", &steerkern::set_isa, py::arg("name"), "Use this instruction set from now on, in the whole process.");

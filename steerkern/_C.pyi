@@ -1,5 +1,11 @@
 """The native extension: addresses and sizes in. Addresses are integers, 0 for none; strides count elements."""
 
+from collections.abc import Mapping
+from typing import overload
+
+import torch
+from torch import Tensor
+
 class Steer:
     """The kernel for one site: width, dtype (index in ``schemas.DTYPES``), norm and, once bound, the tables."""
 
@@ -19,9 +25,23 @@ class Steer:
         """Read these tables from now on; ``owner`` is kept alive with the kernel."""
 
     def __call__(
-        self, n: int, h: int, h_stride: int, slot: int, weight: int, bias: int, y: int, threads: int, /
+        self,
+        n: int,
+        h: int,
+        h_stride: int,
+        slot: int,
+        weight: int,
+        bias: int,
+        y: int,
+        threads: int,
+        base: int = 0,
+        delta: int = 0,
+        /,
     ) -> int:
-        """Run; -1, or the first row whose slot reaches outside the tables, and then nothing was written."""
+        """Run; -1, or the first row whose slot reaches outside the tables, and then nothing was written.
+
+        With ``base`` and ``delta``, rows with the stride of ``h``, their sum is written to ``h`` first.
+        """
 
     def full(
         self,
@@ -39,6 +59,23 @@ class Steer:
         threads: int,
     ) -> int:
         """The same with ``h += delta`` first and the coordinates written to ``trace``."""
+
+class NormCall:
+    """A kernel with what is needed to call it on tensors; see ``bind_norm`` in ops/cpu.py."""
+
+    def __init__(
+        self,
+        kernel: Steer,
+        width: int,
+        dtype: torch.dtype,
+        parameters: Mapping[str, Tensor | None],
+        rows: object,
+        threaded: int,
+    ) -> None: ...
+    @overload
+    def __call__(self, state: Tensor, /) -> Tensor | None: ...
+    @overload
+    def __call__(self, left: Tensor, right: Tensor, /) -> tuple[Tensor, Tensor] | None: ...
 
 class SteerCuda:
     """The same on a CUDA device. Only in builds with CUDA."""

@@ -5,7 +5,7 @@
 
 namespace steerkern::cpu {
 
-// One call of the op. Strides count elements; `slot`, `weight`, `bias`, `y`, `delta` and `trace` may be null.
+// One call of the op. Strides count elements; `slot`, `weight`, `bias`, `y`, `delta`, `base` and `trace` may be null.
 struct Call {
   const Tables* tables;
   int64_t width;
@@ -20,6 +20,7 @@ struct Call {
   void* y;  // [n, width], contiguous
   const void* delta;
   int64_t delta_stride;
+  const void* base;  // rows that delta is added to, as far apart as those of h; null where those are h itself
   float* trace;  // [n, trace_columns], contiguous
   int64_t trace_columns;
 };

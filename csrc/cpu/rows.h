@@ -65,12 +65,12 @@ STEER_FN void store(T* p, Lanes x, Part part) {
 
 STEER_FN float total(const Lanes (&s)[kSums]) { return sum((s[0] + s[1]) + (s[2] + s[3])); }
 
-// h = round(h + delta); returns |h|^2.
+// h = round(base + delta); returns |h|^2.
 template <class T>
-float add(T* h, const T* delta, int64_t width) {
+float add(T* h, const T* base, const T* delta, int64_t width) {
   Lanes squares[kSums] = {};
   sweep(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
-    const Lanes x = rounded(load(h + j, extent) + load(delta + j, extent), h);
+    const Lanes x = rounded(load(base + j, extent) + load(delta + j, extent), h);
     store(h + j, x, extent);
     squares[g] = squares[g] + x * x;
   });
@@ -282,7 +282,10 @@ void run_rows(const Call& call, int64_t begin, int64_t end) {
     T* h = static_cast<T*>(call.h) + i * call.h_stride;
     const Ahead ahead = look_ahead(call, i, end);
     float square = kUnknown;
-    if (call.delta) square = add(h, static_cast<const T*>(call.delta) + i * call.delta_stride, call.width);
+    if (call.delta) {
+      const T* base = call.base ? static_cast<const T*>(call.base) + i * call.h_stride : h;
+      square = add(h, base, static_cast<const T*>(call.delta) + i * call.delta_stride, call.width);
+    }
     if (call.slot && call.slot[i] >= 0)
       square = edit(call, h, call.slot[i], call.trace ? call.trace + i * call.trace_columns : nullptr, square, ahead);
     if (call.norm != Norm::kNone) normalise(call, h, static_cast<T*>(call.y) + i * call.width, ahead.row, square);

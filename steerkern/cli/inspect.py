@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..directions import Directions
     from ..plan import Plan
+    from ..runtime.blocks import BlockSums
     from ..runtime.sites import Anatomy
 
 
@@ -184,7 +185,16 @@ def _anatomy_document(source: str, anatomy: Anatomy) -> dict[str, Any]:
             for row, found in zip(rows, anatomy.sites, strict=True)
         ],
         "norms": len(anatomy.norms),
+        "sums": [{"layer": s.layer, "norms": list(s.norms), "reason": s.reason or None} for s in _sums(anatomy)],
     }
+
+
+def _sums(anatomy: Anatomy) -> tuple[BlockSums, ...]:
+    from ..ops import dispatch
+    from ..runtime.blocks import find_sums
+
+    backend = dispatch.resolve(None, anatomy.device, anatomy.dtype)
+    return find_sums(anatomy.blocks, (spec.module for spec in anatomy.norms), backend)
 
 
 def _show_anatomy(source: str, anatomy: Anatomy, console: Console) -> None:
@@ -194,6 +204,13 @@ def _show_anatomy(source: str, anatomy: Anatomy, console: Console) -> None:
     console.print(f"{source}: {anatomy.fingerprint}", style="bold", markup=False, highlight=False)
     console.print(
         f"{fused} of {len(anatomy.sites)} sites are fused; {len(anatomy.norms)} norms can be replaced", highlight=False
+    )
+    sums = _sums(anatomy)
+    reasons = ", ".join(sorted({block.reason for block in sums if block.reason}))
+    console.print(
+        f"the residual sums of {sum(bool(block.norms) for block in sums)} of {len(sums)} blocks are made by their norms"
+        + (f" (others: {reasons})" if reasons else ""),
+        highlight=False,
     )
     columns = (
         Column("site", "site"),

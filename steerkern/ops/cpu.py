@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +36,9 @@ def bind(tables: Tables | None, width: int, dtype: torch.dtype, norm: int, eps: 
     """The kernel for rows ``[N, width]`` of one site; calling it costs about 0.2 us plus its work.
 
     ``kernel(N, h, h_stride, slot, weight, bias, y, threads)`` takes addresses (``slot``, ``weight`` and ``bias`` may be
-    0) and returns -1, or the first row whose slot reaches outside the tables; then nothing was written. The kernel
-    keeps ``tables`` alive and reads their values at each call. Without tables it only normalises.
+    0) and returns -1, or the first row whose slot reaches outside the tables; then nothing was written. With two
+    addresses more, ``base`` and ``delta`` of rows with the stride of ``h``, their sum is written to ``h`` first. The
+    kernel keeps ``tables`` alive and reads their values at each call. Without tables it only normalises.
 
     Raises:
         BackendError: the extension is missing.
@@ -53,6 +56,26 @@ def bind(tables: Tables | None, width: int, dtype: torch.dtype, norm: int, eps: 
             span.data_ptr(), span.shape[0], gain.data_ptr(), tables,
         )  # fmt: skip
     return kernel
+
+
+def bind_norm(
+    kernel: _C.Steer, width: int, dtype: torch.dtype, parameters: Mapping[str, Tensor | None], rows: Any, threaded: int
+) -> _C.NormCall:
+    """A whole call of a norm module: ``norm(state)`` edits in place and returns the output.
+
+    ``norm(left, right)`` returns the edited sum as a new tensor, and its output. Both return None, with nothing done,
+    where gradients are enabled or the tensors are not contiguous rows ``[..., width]`` of ``dtype`` in number as the
+    row map.
+
+    Args:
+        kernel: what :func:`bind` returned.
+        width: of the rows.
+        dtype: of the rows, of ``weight`` and of ``bias``.
+        parameters: those of the module, by name; read at each call.
+        rows: has ``pointer`` and ``count`` of the row map; None for a norm that is never steered.
+        threaded: number of elements from which on several threads share a call.
+    """
+    return _C.NormCall(kernel, width, dtype, parameters, rows, threaded)
 
 
 def steer(

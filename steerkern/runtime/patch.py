@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from .blocks import DIRECT, hooked, rewritten
 
 METHODS = ("generate", "prepare_inputs_for_generation", "init_continuous_batching", "generate_batch")
 """Methods of a module that a handler can stand around."""
@@ -42,7 +43,7 @@ class CallHandler(Protocol):
 
 
 def attach(module: nn.Module, kind: str, handler: Any) -> None:
-    """Add a handler of ``kind`` (``norm``, ``call`` or one of :data:`METHODS`) to one module."""
+    """Add a handler of ``kind`` (``norm``, ``block``, ``call`` or one of :data:`METHODS`) to one module."""
     handlers = module.__dict__.get(_slot(kind))
     if handlers is not None:
         handlers.append(handler)
@@ -108,6 +109,10 @@ def _steered(base: type, kinds: tuple[str, ...]) -> type:
     members["__reduce_ex__"] = _refuse_copy
     if "norm" in kinds:
         members["forward"] = _forward
+        if "call" not in kinds and base.__call__ is nn.Module.__call__:
+            members["__call__"], members[DIRECT] = _norm_call, True
+    if "block" in kinds:
+        members["forward"] = rewritten(base).forward  # type: ignore[union-attr]
     if "call" in kinds:
         members["__call__"] = _call_of(base)
     for name in METHODS:
@@ -125,6 +130,15 @@ def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     for handler in handlers[:-1]:
         handler.edit(hidden_states)
     return handlers[-1](hidden_states)
+
+
+def _norm_call(self: Any, hidden_states: Tensor) -> Tensor:
+    # nn.Module's own way to forward takes longer than the kernel
+    handlers: list[NormHandler] = self._steerkern_norm
+    if len(handlers) == 1 and not hooked(self):
+        return handlers[0](hidden_states)
+    out: Tensor = nn.Module.__call__(self, hidden_states)
+    return out
 
 
 def _call_of(base: type) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..errors import PlanError
 from ..ops import dispatch, reference, triton
@@ -52,7 +53,7 @@ class Point:
             return
         if self.observer is not None:
             self.observer(state)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._edit_traced(state)
             return
         rows = self.rows
@@ -176,35 +177,55 @@ class NormPoint(Point):
         self._parameters = spec.module._parameters
         self._forward: Callable[[Any, Tensor], Tensor] = stock_class(type(spec.module)).forward
         self._unaligned = 15 if backend == "triton" and self.width % 16 == 0 else 0
+        self._call: Any = None
         if self.native is not None and spec.dtype in DTYPES:
             self.dtype = spec.dtype
             self._kernel = self._kernel_for(self.dtype, spec.norm, spec.eps)
+            if self._threaded:
+                steering = None if self.tables is None else rows
+                self._call = self.native.bind_norm(
+                    self._kernel, self.width, spec.dtype, self._parameters, steering, THREADED_ELEMENTS
+                )
 
     def __call__(self, state: Tensor) -> Tensor:
         """Edit ``state [..., H]`` in place and return it normalised."""
-        if state.dtype is not self.dtype or torch.is_grad_enabled() or self.readings is not None or self.observer:
+        if self.readings is not None or self.observer is not None:
             return self._slow(state)
-        if torch.compiler.is_compiling():
-            return self._traced(state)
+        if is_compiling():
+            traceable = state.dtype is self.dtype and not torch.is_grad_enabled()
+            return self._traced(state) if traceable else self._slow(state)
+        out: Tensor | None = self._launch(state) if self._call is None else self._call(state)
+        if out is None:
+            return self._slow(state)
+        self.calls += 1
+        return out
+
+    def add(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``left + right [..., H]``, edited, and that normalised; None where that is not for one kernel call."""
+        if self._call is None or self.readings is not None or self.observer is not None:
+            return None
+        both: tuple[Tensor, Tensor] | None = self._call(left, right)
+        if both is not None:
+            self.calls += 1
+        return both
+
+    def _launch(self, state: Tensor) -> Tensor | None:
+        """One launch on a GPU; None where the kernel does not apply."""
         parameters = self._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
         # a weight cast since then would be read past its end; without a weight nothing fixes the width
         fits = state.shape[-1] == self.width if weight is None else weight.dtype is self.dtype
-        if not fits or not state.is_contiguous():
-            return self._slow(state)
+        if state.dtype is not self.dtype or torch.is_grad_enabled() or not fits or not state.is_contiguous():
+            return None
         address = state.data_ptr()
         scale, shift = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
         if self._unaligned and (address | scale | shift) & self._unaligned:
-            return self._slow(state)
-        slot, count = 0, state.numel() // self.width
-        if self.tables is not None:
-            self.calls += 1
-            slot = self.rows.pointer
-            if slot and count != self.rows.count:
-                return self._slow(state)
+            return None
+        slot, count = 0 if self.tables is None else self.rows.pointer, state.numel() // self.width
+        if slot and count != self.rows.count:
+            return None
         out = torch.empty_like(state)
-        small = self._threaded and count * self.width < THREADED_ELEMENTS
-        where = 1 if small else self._where(count * self.width)
+        where = self._where(count * self.width)
         fault = self._kernel(count, address, self.width, slot, scale, shift, out.data_ptr(), where)
         if fault >= 0:
             self._check(fault, self.rows.slot[: self.rows.count])

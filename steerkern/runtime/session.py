@@ -14,6 +14,7 @@ from ..errors import PlanError
 from ..ops import dispatch
 from ..plan import Plan
 from ..program import Capacity, Program, Site, needs
+from .blocks import BlockSums, find_sums
 from .continuous_batching import GenerateBatchCalls, ManagerCalls
 from .deciding import Deciding
 from .patch import attach, detach, occupied, suspended
@@ -25,7 +26,7 @@ from .requests import DecoderCalls, GenerateCalls, PrepareCalls
 from .rows import RowMap
 from .sites import Anatomy, examine
 
-Fuse = Literal["all", "sites", "none"]
+Fuse = Literal["all", "norms", "sites", "none"]
 Silent = Literal["error", "warn", "ignore"]
 Part = tuple[nn.Module, str, Any]
 """A module, the kind of its handler, the handler."""
@@ -91,8 +92,14 @@ class Session:
                 parts.append((found.door, "call", door))
         for spec in self.anatomy.norms:
             at = steered.get(spec.module)
-            if at is not None or fuse == "all":
+            if at is not None or fuse in ("all", "norms"):
                 parts.append((spec.module, "norm", NormPoint(spec, self._program, self._rows, at, self.backend)))
+        self.blocks: tuple[BlockSums, ...] = ()
+        """Per block, which sums its norms' kernels make, or why none; empty unless ``fuse`` is ``all``."""
+        if fuse == "all":
+            standing = [module for module, kind, _ in parts if kind == "norm"]
+            self.blocks = find_sums(self.anatomy.blocks, standing, self.backend)
+            parts += [(sums.block, "block", sums) for sums in self.blocks if sums.norms]
         return parts
 
     def _attach(self, parts: Iterable[Part]) -> None:
@@ -313,8 +320,9 @@ def steer(
         model: a transformers decoder-only model; its class and parameters stay untouched.
         plans: what to do; see :class:`Plan`.
         backend: ``cpu`` or ``reference``, which works or raises; None takes the fastest that runs here.
-        fuse: ``all`` replaces every norm of the decoder that the kernel can stand in for, steered or not; ``sites``
-            only the steered sites; ``none`` edits at the blocks' doors and leaves every norm stock
+        fuse: ``all`` replaces every norm of the decoder that the kernel can stand in for, steered or not, and on the
+            CPU the residual sums that such norms read; ``norms`` leaves the sums; ``sites`` replaces only the norms of
+            sites; ``none`` edits at the blocks' doors and leaves every norm stock
             that no earlier session stands in.
         silent: what leaving the ``with`` block does about a plan that wrote no token: ``error``, ``warn``, ``ignore``.
         capacity: table sizes; by default four times what ``plans`` need.
@@ -326,8 +334,8 @@ def steer(
     several = [plans] if isinstance(plans, Plan) else list(plans)
     for plan in several:
         _check_plan(plan)
-    if fuse not in ("all", "sites", "none"):
-        raise ValueError(f"fuse must be 'all', 'sites' or 'none', got {fuse!r}")
+    if fuse not in ("all", "norms", "sites", "none"):
+        raise ValueError(f"fuse must be 'all', 'norms', 'sites' or 'none', got {fuse!r}")
     if silent not in ("error", "warn", "ignore"):
         raise ValueError(f"silent must be 'error', 'warn' or 'ignore', got {silent!r}")
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps

@@ -113,6 +113,32 @@ def test_kernel_keeps_its_tables_alive(rows: Any) -> None:
 
 
 @native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "width"), [(0, 7), (1, 1), (3, 64), (5, 129), (257, 40)])
+def test_a_new_sum_has_the_bits_of_a_sum_in_place(dtype: torch.dtype, n: int, width: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(width).to(dtype)
+    left, right = torch.randn(2, n, width).to(dtype).unbind()
+    kernel = cpu.bind(None, width, dtype, Norm.LLAMA, 1e-6)
+    norm = cpu.bind_norm(kernel, width, dtype, {"weight": weight}, None, 1)
+    before = left.clone(), right.clone()
+    with torch.no_grad():
+        made = norm(left, right)
+        assert made is not None
+        total, y = made
+        assert torch.equal(total, left + right)
+        assert torch.equal(y, norm(left + right))
+        assert torch.equal(left, before[0])
+        assert torch.equal(right, before[1])
+        assert norm(left.double()) is None
+        assert norm(left, right.view(-1)) is None
+        assert norm(torch.empty(width, 2, dtype=dtype).T if width > 1 else left.double()) is None
+    assert norm(left) is None  # gradients are enabled
+    with pytest.raises(TypeError, match="one state, or two to add"):
+        norm()
+
+
+@native
 def test_kernel_wants_eight_integers(rows: Any) -> None:
     kernel: Any = cpu.bind(None, WIDTH, torch.float32, Norm.NONE, 0.0)
     with pytest.raises(TypeError, match="eight positional integers"):
