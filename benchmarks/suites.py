@@ -105,7 +105,7 @@ SUITES = {
             "malloc",
             "eager baselines with tuned malloc",
             ("test_ops.py::test_against_eager_hook_and_norm", "test_prefill.py"),
-            "2048-2048 or 64-2048-1 or 9M-512 or 9M-1024 or 34M-256",
+            "2048-2048 or 9M-512 or 9M-1024 or 34M-256",
             "2048-2048-1-fp32 or 9M-512-fp32",
             environment=TUNED_MALLOC,
             missing=_no_kernels,
