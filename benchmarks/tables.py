@@ -173,8 +173,8 @@ def isolation(folder: Path) -> Table | None:
     ]
     note = (
         f"{found['tenants']} tenants with an axis each, {found['threads']} threads, one session; the rows `wrong on "
-        f"purpose` must leak. Made {found['date'][:10]}, commit {found['commit'][:7]}; repeat: `steerkern bench --suite "
-        "isolation`."
+        f"purpose` must leak. Made {found['date'][:10]}, commit {found['commit'][:7]}; "
+        "repeat: `steerkern bench --suite isolation`."
     )
     columns = (Column("level", "level"), *(Column(key, title) for key, title in keys.items()))
     return Table("isolation", "Isolation", columns, tuple(body), note)
