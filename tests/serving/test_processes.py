@@ -47,3 +47,14 @@ def test_compiled_for_the_sites_of_one_plan() -> None:
     with engine(model, {"plans": folders(plans), "sites": "plans"}, **COMPILED) as served:
         assert served.tokens(asks) == expected(model, plans, asks)
         assert served.workers("sites")[0]["sites"] == ["resid_pre[1]"]
+
+
+def test_guessed_tokens_are_taken_back() -> None:
+    """Speculative decoding: forwards hold tokens that the request never gets."""
+    model, asks = saved(LLAMA), [Ask(ask.prompt * 2, ask.plans, 40) for ask in mixed_asks()]
+    guess = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine(model, {"plans": folders(PLANS)}, speculative_config=guess, disable_log_stats=False) as served:
+        assert served.tokens(asks) == expected(model, PLANS, asks)
+        counts = {metric.name: metric.value for metric in served.llm.get_metrics() if hasattr(metric, "value")}
+    drafted, taken = (counts[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    assert drafted > taken > 0

@@ -58,6 +58,19 @@ def test_rows_of_padding_are_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(after > before for before, after in padded) >= 8
 
 
+def test_parameters_serve_for_several_requests() -> None:
+    from vllm import SamplingParams
+
+    model, prompts = saved(LLAMA), [(5, 6, 7), (8, 9)]
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, extra_args={"steerkern": "early"})
+    with engine(model, {"plans": folders(PLANS)}) as served:
+        for _ in range(2):
+            made = served.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+            found = [list(one.outputs[0].token_ids) for one in made]
+            assert found == expected(model, PLANS, [Ask(prompt, "early", 8) for prompt in prompts])
+    assert params.extra_args == {"steerkern": "early"}
+
+
 def _before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, told: Callable[..., Any]) -> None:
     stock = getattr(owner, name)
 
