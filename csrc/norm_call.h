@@ -71,7 +71,9 @@ class NormCall {
     return number(checked(PyObject_CallMethodNoArgs(tensor, data_ptr)));
   }
 
-  static int64_t member(const py::object& of, PyObject* what) { return number(checked(PyObject_GetAttr(of.ptr(), what))); }
+  static int64_t member(const py::object& of, PyObject* what) {
+    return number(checked(PyObject_GetAttr(of.ptr(), what)));
+  }
 
   bool grad() const { return checked(PyObject_CallNoArgs(parts_.is_grad_enabled.ptr())).ptr() != Py_False; }
 

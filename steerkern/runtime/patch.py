@@ -66,6 +66,9 @@ def detach(module: nn.Module, kind: str, handler: Any) -> None:
     handlers.remove(handler)
     if not handlers:
         del module.__dict__[_slot(kind)]
+        # transformers 4.57 keeps the bound forward on the module once it has collected hidden states
+        if kind == "block" and getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.__dict__["forward"]
         kinds = tuple(k for k in _kinds(type(module)) if k != kind)
         module.__class__ = _steered(stock_class(type(module)), kinds) if kinds else stock_class(type(module))
 

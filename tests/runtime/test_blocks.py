@@ -108,6 +108,15 @@ def test_a_forward_of_ones_own_is_left_alone(model: LlamaForCausalLM, ids: Tenso
     assert "forward" in vars(layer)
 
 
+def test_a_bound_forward_left_on_a_block_goes_with_the_session(model: LlamaForCausalLM, vector: Tensor) -> None:
+    layer = model.model.layers[1]
+    session = sk.steer(model, plan(vector), silent="ignore")
+    layer.forward = layer.forward  # as transformers 4.57 does where hidden states are collected
+    session.detach()
+    assert "forward" not in vars(layer)
+    assert layer.forward.__func__ is LlamaDecoderLayer.forward
+
+
 def test_a_source_that_is_not_what_runs_is_refused() -> None:
     def other(self: Any, x: Tensor) -> Tensor:
         h = x + x
