@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import effort
 from benchmarks.peers.absent import ABSENT, Absent
 from benchmarks.peers.adapter import INSTALL, Adapter, Inputs, Kind, Rows, Steered, generate
 from benchmarks.peers.correctness import Case, Verdict, first_line, generating, judge
@@ -80,7 +81,7 @@ def measure(steered: Steered, batch: int) -> dict[str, Any]:
 
     plain = functools.partial(generate, stock())
     contenders = [clocked("stock", plain), clocked("peer", steered.generate)]
-    wall = interleave(contenders, rounds=ROUNDS, warmup=WARMUP).speedup("stock", "peer")
+    wall = interleave(contenders, rounds=effort.rounds(ROUNDS), warmup=WARMUP).speedup("stock", "peer")
     pairs = list(zip(busy["stock"], busy["peer"], strict=True))[WARMUP:]
     added = Quartiles.of([1e6 * (peer - plain) / (LAYERS * TOKENS) for plain, peer in pairs])
     ratio = Quartiles.of([peer / plain for plain, peer in pairs])
