@@ -24,7 +24,7 @@ from steerkern.timing import Contender, Quartiles, interleave
 
 pytest.importorskip("vllm")
 
-REQUESTS, PROMPT, NEW, ROUNDS = 64, 16, 24, 12
+REQUESTS, PROMPT, NEW, ROUNDS = 64, 8, 12, 24
 GOALS = {"half steered": 0.98, "idle": 0.99, "64 plans over one": 0.98}
 OPTIONS: dict[str, Any] = {
     "dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": REQUESTS,

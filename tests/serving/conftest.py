@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 import types
 from pathlib import Path
 
@@ -48,9 +47,15 @@ def _before_vllm() -> None:
     """What vLLM looks at when it is imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and "vllm" not in sys.modules:
-        os.environ["TRITON_INTERPRET"] = "1"
-        import triton.backends
 
-        driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
-        triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+
+def _interpret() -> None:
+    """Let vLLM find a Triton that works, before anything imports that."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    backends = importlib.import_module("triton.backends").backends
+    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
+    backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+
+
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    _interpret()

@@ -65,7 +65,9 @@ def test_parameters_serve_for_several_requests() -> None:
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, extra_args={"steerkern": "early"})
     with engine(model, {"plans": folders(PLANS)}) as served:
         for _ in range(2):
-            made = served.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+            made = served.llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False
+            )
             found = [list(one.outputs[0].token_ids) for one in made]
             assert found == expected(model, PLANS, [Ask(prompt, "early", 8) for prompt in prompts])
     assert params.extra_args == {"steerkern": "early"}
