@@ -405,8 +405,9 @@ class Program:
         self._filled -= size
 
     def _upload(self) -> None:
-        self._links.copy_(self._host_links)
-        self._fields.copy_(self._host_fields)
+        here = slice(0, self._filled)  # nothing points beyond
+        self._links[:, here].copy_(self._host_links[:, here])
+        self._fields[:, here].copy_(self._host_fields[:, here])
         self._span.copy_(self._host_span)
         self.entries_per_row = int(self._host_span[..., 1].max()) if self._host_span.numel() else 0
 

@@ -145,7 +145,7 @@ class Deciding(Verdicts):
             if earlier is not None:
                 earlier(state)
             flat = state.detach().reshape(-1, state.shape[-1])
-            reading.take(read, prompts.to(flat.device), flat[rows.to(flat.device)])
+            reading.take(read, prompts, flat[rows.to(flat.device)])
             if arrived is not None:
                 arrived(read)
 
@@ -203,7 +203,7 @@ class Deciding(Verdicts):
             flat = state.detach().reshape(-1, state.shape[-1])
             for read in wanted.pop(number, []):
                 rows, owners = self._rows(part, read, 0)
-                reading.take(read, owners.to(flat.device), flat[rows.to(flat.device)])
+                reading.take(read, owners, flat[rows.to(flat.device)])
             if not wanted:
                 raise _Seen
 

@@ -23,16 +23,16 @@ class Reading:
     states: dict[Read, Tensor] = field(default_factory=dict)
     """``[prompts, H]`` float32; of a mean, so far the sum."""
     counts: dict[Read, Tensor] = field(default_factory=dict)
-    """``[prompts]``: tokens read."""
+    """``[prompts]`` on the CPU: tokens read."""
 
     def take(self, read: Read, prompts: Tensor, states: Tensor) -> None:
-        """Take in ``states [k, H]`` of the prompts numbered ``prompts [k]``."""
+        """Take in ``states [k, H]`` of the prompts numbered ``prompts [k]``, which lie on the CPU."""
         total = len(self.batch.prompts)
         if read not in self.states:
             self.states[read] = states.new_zeros(total, states.shape[1], dtype=torch.float32)
-            self.counts[read] = torch.zeros(total, device=states.device)
-        self.states[read].index_add_(0, prompts, states.float())
-        self.counts[read].index_add_(0, prompts, torch.ones(len(prompts), device=states.device))
+            self.counts[read] = torch.zeros(total)
+        self.states[read].index_add_(0, prompts.to(states.device), states.float())
+        self.counts[read].index_add_(0, prompts, torch.ones(len(prompts)))
 
     def stack(self, reads: tuple[Read, ...]) -> Tensor:
         """``[prompts, R, H]``.
@@ -43,7 +43,8 @@ class Reading:
         for read in reads:
             if read not in self.states or bool((self.counts[read] == 0).any()):
                 raise PlanError(f"{read}: the prompt ran before this session saw it, so nothing can be decided from it")
-        return torch.stack([self.states[read] / self.counts[read][:, None] for read in reads], 1)
+        means = [self.states[read] / self.counts[read][:, None].to(self.states[read].device) for read in reads]
+        return torch.stack(means, 1)
 
 
 class Verdicts:

@@ -35,7 +35,7 @@ HELD = f"_{NAME}"
 
 
 def install() -> None:
-    """Wrap everything, once per process."""
+    """Wrap what every process has, once; the model runners follow in the workers, which have imported theirs."""
     for module, owner, name, around in _HOOKS:
         wrap(module, owner, name, around)
     worker: Any = importlib.import_module("vllm.v1.worker.worker_base").WorkerBase
@@ -114,6 +114,9 @@ def _load_model(stock: Any, loader: Any, vllm_config: Any, model_config: Any, *a
     if settings is None or model_config is not vllm_config.model_config:  # a draft model is not steered
         return model
     check_engine(vllm_config)
+    for module, owner, name, around in _RUNNERS:
+        if module in sys.modules:
+            wrap(module, owner, name, around)
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     weight = next(model.parameters())
     steering = Steering(
@@ -218,6 +221,8 @@ _HOOKS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
     ("vllm.v1.engine.async_llm", "AsyncLLM", "generate", _generate),
     ("vllm.v1.core.kv_cache_utils", "", "_gen_prompt_embeds_extra_hash_keys", _block_keys),
     ("vllm.model_executor.model_loader.base_loader", "BaseModelLoader", "load_model", _load_model),
+)
+_RUNNERS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_update_states", _update_states),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_prepare_inputs", _prepare_inputs),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "finish_requests", _finish_requests),

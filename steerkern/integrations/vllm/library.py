@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import PlanError
+from ...packing import vectors
 from ...plan import Plan
 from ...program import Capacity, Program, Site
 from ...runtime.block_names import first_by_length, first_written
@@ -133,12 +134,13 @@ class Library:
         for plan in plans:
             check_servable(plan)
             self._check_positions(plan)
-        program = Program(self._sites, self.width, capacity=Capacity(1, 1, 4096))
+        steps = [step for plan in plans for step in plan.steps]
+        rows = sum(len(stack) for step in steps for edit in step.edits for stack in vectors(edit).values())
+        program = Program(self._sites, self.width, capacity=Capacity(1, 1, rows))
         for number, plan in enumerate(plans):
             program.add(plan.named(f"{number}"))
         keys = [(f"{number}", i) for number, plan in enumerate(plans) for i in range(len(plan.steps))]
         program.check_meeting(keys)
-        steps = [step for plan in plans for step in plan.steps]
         timings = {(step.tokens, step.decisions) for step in steps}
         if len(timings) > MAX_TIMINGS:
             raise PlanError(f"the plans of a request have {len(timings)} different scopes, allowed are {MAX_TIMINGS}")

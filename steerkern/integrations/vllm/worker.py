@@ -277,7 +277,7 @@ class Steering:
             reading = Reading(held.batch)
             for read in {read for step in held.batch.steps() for d in step.decisions for read in d.reads}:
                 state = self.reads.states[self.program.number(read.layer, read.site)][i : i + 1]
-                reading.take(read, torch.zeros(1, dtype=torch.long, device=state.device), state)
+                reading.take(read, torch.zeros(1, dtype=torch.long), state)
             self.verdicts.decide(held.batch, reading)
             self.rows.forget()
         self._pending = {}
