@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable
@@ -84,23 +85,32 @@ def _before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, told: Callab
 
 
 def _pad_forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Round the rows of each forward of V1 up to 16; returns where the numbers before and after are noted."""
-    import dataclasses
-    import os
+    """Round the rows of each forward up to 16; returns where the numbers before and after are noted."""
+    noted: list[tuple[int, int]] = []
 
-    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+    def padded(shape: Any) -> Any:
+        rows = -(-shape.num_tokens // 16) * 16
+        noted.append((shape.num_tokens, rows))
+        return dataclasses.replace(shape, num_tokens=rows)
 
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        pytest.skip("V2 takes the rows of a forward from the graph that it captured")
-    stock, noted = CudagraphDispatcher.dispatch, []
+    if V2:
+        from vllm.v1.worker.gpu import model_runner
 
-    def dispatch(self: Any, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        mode, descriptor = stock(self, num_tokens, *args, **kwargs)
-        rows = -(-num_tokens // 16) * 16
-        noted.append((num_tokens, rows))
-        return mode, descriptor._replace(num_tokens=rows) if isinstance(descriptor, tuple) else dataclasses.replace(
-            descriptor, num_tokens=rows
-        )
+        choose = model_runner.dispatch_cg_and_sync_dp
 
-    monkeypatch.setattr(CudagraphDispatcher, "dispatch", dispatch)
+        def dispatch(*args: Any, **kwargs: Any) -> Any:
+            shape, state = choose(*args, **kwargs)
+            return padded(shape), state
+
+        monkeypatch.setattr(model_runner, "dispatch_cg_and_sync_dp", dispatch)
+    else:
+        from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+
+        stock = CudagraphDispatcher.dispatch
+
+        def dispatch_v1(*args: Any, **kwargs: Any) -> Any:
+            mode, shape = stock(*args, **kwargs)
+            return mode, padded(shape)
+
+        monkeypatch.setattr(CudagraphDispatcher, "dispatch", dispatch_v1)
     return noted
