@@ -6,7 +6,6 @@ import asyncio
 import functools
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,7 +134,8 @@ def test_plans_exchanged_under_load_never_mix(server: Server) -> None:
                     try:
                         tokens = await server.tokens(client, Ask(prompt, {"steerkern": "swap"}, NEW), stop)
                     except AssertionError as refused:
-                        assert "no plan 'swap' is loaded" in str(refused)
+                        if "no plan 'swap' is loaded" not in str(refused):
+                            raise
                         return prompt, set(), None, stop
                     return prompt, set(history[max(0, begun - 1) :]), tokens, stop
 
