@@ -187,8 +187,9 @@ def _environment(suite: Suite, quick: bool) -> dict[str, str]:
 
     package = Path(steerkern.__file__).parents[1]
     path = os.pathsep.join(map(str, (package, ROOT)))
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return {
-        **os.environ,
+        **inherited,  # pytest-benchmark times nothing where it believes itself in a worker of xdist
         **ENVIRONMENT,
         **suite.environment,
         "PYTHONPATH": path,

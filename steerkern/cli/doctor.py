@@ -20,6 +20,7 @@ EXTRAS = {
     "gguf": ("gguf",),
     "bench": ("pytest", "pytest_benchmark"),
     "test": ("pytest", "xdist", "pytest_benchmark", "hypothesis", "matplotlib", "gguf"),
+    "peers": ("nnsight", "pyvene", "transformer_lens", "llm_steer", "peft"),
     "dev": ("ruff", "mypy", "build"),
 }
 """Modules of every extra of pyproject.toml."""
