@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -90,6 +91,11 @@ def _no_gpu() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device here"
 
 
+def _no_vllm() -> str:
+    found = importlib.util.find_spec("vllm")
+    return "" if found else "vLLM is not installed here; tests/serving/run.sh makes an environment that has it"
+
+
 def _no_kernels() -> str:
     from steerkern.ops import cpu
 
@@ -106,7 +112,8 @@ SUITES = {
         Suite("prefill", "prefill", ("test_prefill.py",), few="9M-64", missing=_no_kernels),
         Suite("controller", "a controller's cost", ("test_controller.py",), few="34M"),
         Suite("extraction", "reading states", ("test_extraction.py",), few="9M"),
-        Suite("serving", "continuous batching, vLLM", ("test_serving.py", "test_vllm.py"), few="9M"),
+        Suite("serving", "continuous batching", ("test_serving.py",), few="9M"),
+        Suite("vllm", "a vLLM engine", ("test_vllm.py",), missing=_no_vllm),
         Suite("scaling", "scaling, roofline", ("test_scaling.py",), few="bf16 or layers", missing=_no_kernels),
         Suite(
             "malloc",

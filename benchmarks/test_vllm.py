@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import steerkern as sk
+from benchmarks import effort
 from benchmarks.engines import EngineProcess, Work
 from benchmarks.shapes import SHAPES, random_llama
 from steerkern.timing import Contender, Quartiles, interleave
@@ -64,7 +65,7 @@ def test_generate(benchmark: Any, shape: str, tmp_path: Path) -> None:
         runs: dict[str, Callable[[], Any]] = {name: partial(engine, plain) for name, engine in engines.items()}
         runs |= {name: partial(steered, Work(prompts, chosen, NEW)) for name, chosen in ways.items()}
         check(engines, steered, plain, ways)
-        timings = interleave([Contender(name, run) for name, run in runs.items()], rounds=ROUNDS)
+        timings = interleave([Contender(name, run) for name, run in runs.items()], rounds=effort.rounds(ROUNDS))
         benchmark.pedantic(runs["half steered"], rounds=1)
     ratios = {name: timings.speedup(name, "stock") for name in runs if name != "stock"}
     ratios["64 plans over one"] = timings.speedup("64 plans", "one plan")
