@@ -7,6 +7,7 @@ slow, everything fails for being wrong.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -24,8 +25,11 @@ pytestmark = pytest.mark.skipif(bool(cpu.unusable()), reason=cpu.unusable() or "
 
 
 def interleaved(sides: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median microseconds of each side, run in turn; short calls are timed in groups of about 50 us."""
-    repeats = {}
+    """Median microseconds of each side, run in turn; short calls are timed in groups of about 50 us.
+
+    The order is drawn anew in each turn: whoever follows an eager side finds cold caches.
+    """
+    repeats, dice = {}, random.Random(0)
     for name, run in sides.items():
         run()
         start = time.perf_counter()
@@ -34,7 +38,8 @@ def interleaved(sides: dict[str, Callable[[], Any]], seconds: float) -> dict[str
     times: dict[str, list[float]] = {name: [] for name in sides}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[name]) < 9:
-        for name, run in sides.items():
+        for name in dice.sample(list(sides), len(sides)):
+            run = sides[name]
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 run()
