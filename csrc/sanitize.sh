@@ -9,6 +9,7 @@ trap 'rm -rf "$copy"' EXIT
 mkdir "$copy/tests"
 cp -r "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$root/steerkern" "$copy"
 cp -r "$root/tests/ops" "$copy/tests"
+cp -r "$root/benchmarks" "$copy" # one test reads the compiled kernels with it
 rm -f "$copy"/steerkern/_C*.so
 cd "$copy"
 STEERKERN_BUILD=cpu STEERKERN_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace
