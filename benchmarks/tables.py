@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- written by python -m benchmarks.tables -->", "<!-- end -->"
 READING = ("controller", "extraction")
-FOLDED = ("ops", "malloc", "prefill", "swap", "isolation", "scaling")
+FOLDED = ("peers", "ops", "malloc", "prefill", "swap", "isolation", "scaling")
 """Tables that the README keeps shut."""
 
 
