@@ -282,8 +282,15 @@ def _parts(folder: Path) -> Iterator[str]:
     machine = record.machine
     where = f"{machine['device']}, torch {machine['torch']}, {machine['instruction set']}, one thread"
     yield f"""Medians of interleaved runs on a shared machine ({where}),
-correctness checked before anything was timed; losses are listed like wins. `steerkern bench --out benchmarks/results &&
-python -m benchmarks.tables` repeats every number and picture of this section."""
+correctness checked before anything was timed; losses are listed like wins. In a clone this repeats every number and picture:
+
+```bash
+pip install torch==2.13.0 -e ".[peers,plots]" && pip install --no-deps -r benchmarks/peers/requirements.txt
+steerkern bench --out benchmarks/results && python -m benchmarks.tables
+```
+
+(vLLM's: `pytest benchmarks/test_vllm.py --benchmark-json=benchmarks/results/vllm.json` in the environment that
+`tests/serving/run.sh` makes.)"""
     for plot in pictures.everything(folder):
         yield f"![{plot.title}. {plot.caption}](benchmarks/results/plots/{plot.name}.png)"
     for table in everything(folder):
