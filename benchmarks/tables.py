@@ -282,7 +282,8 @@ def _parts(folder: Path) -> Iterator[str]:
     machine = record.machine
     where = f"{machine['device']}, torch {machine['torch']}, {machine['instruction set']}, one thread"
     yield f"""Medians of interleaved runs on a shared machine ({where}),
-correctness checked before anything was timed; losses are listed like wins. In a clone this repeats every number and picture:
+correctness checked before anything was timed; losses are listed like wins. In a clone this repeats every number and
+picture:
 
 ```bash
 pip install torch==2.13.0 -e ".[peers,plots]" && pip install --no-deps -r benchmarks/peers/requirements.txt
