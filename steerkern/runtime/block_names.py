@@ -86,6 +86,11 @@ def first_by_length(step: Step, prompts: Prompts) -> int:
 _NEVER = 2**62
 
 
+def depends_on_length(step: Step) -> bool:
+    """Whether a step treats a token in another way once the reply it stands in is part of a longer prompt."""
+    return first_by_length(step, Prompts.of(1, 1, None)) < _NEVER
+
+
 def _renumbered(tokens: list[int], version: str) -> list[int]:
     """Token numbers mixed with the digest: equal where both are."""
     words = np.frombuffer(hashlib.shake_256(version.encode()).digest(4 * len(tokens)), np.uint32) >> 1

@@ -107,6 +107,7 @@ class RowMap:
         """The plans of each prompt of the batches to come; None gives every prompt every plan."""
         self.lock = threading.RLock()
         self._run: Run | None = None
+        self._trimmed = 0
 
     def assign(self, rows: Sequence[Iterable[str]] | None) -> None:
         """Give each prompt of the coming batches its plans; None gives every prompt every plan.
@@ -164,6 +165,12 @@ class RowMap:
             for hit in hits:
                 for first, last in _runs(index[hit.mask]):
                     self._note(part.batch, row, hit, first, last)
+
+    def trim(self, count: int) -> None:
+        """Let rows from ``count`` on be nobody's: a captured graph runs as many rows as it was captured with."""
+        if count < self._trimmed:
+            self.slot[count : self._trimmed].fill_(-1)
+        self._trimmed = count
 
     def finish(self) -> None:
         """Leave the forward: rows of a norm called outside one are nobody's."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...errors import PlanError
 from ...plan import Plan
+from ...runtime.block_names import depends_on_length
 from ...runtime.prompts import Prompts
 from ...steps import PHASES, Step
 from ...vectors import finite
@@ -97,7 +98,7 @@ class Plans:
             raise ValueError(f"{FIELD}.{error}") from None
         plan = plan if scope is None else plan.scoped(scope)
         unique = plan.named(f"{name[:60]}-{plan.digest}")
-        return Variant(unique, any(_by_length(step) for step in plan.steps))
+        return Variant(unique, any(depends_on_length(step) for step in plan.steps))
 
 
 def _scale(given: Any) -> float:
@@ -122,11 +123,3 @@ def _unsupported(step: Step) -> str:
     if step.site not in ("resid_pre", "resid_post"):
         return f"writes {step.site}"
     return ""
-
-
-def _by_length(step: Step) -> bool:
-    """Whether a step treats a token in another way once the reply it stands in is part of a longer prompt."""
-    tokens = step.tokens
-    if tokens.positions is None and tokens.phase != "all":
-        return True
-    return any(place < 0 for place in (*(tokens.positions or ()), tokens.start, tokens.stop or 0))

@@ -83,7 +83,6 @@ class Steering:
             self.program.remove(plan.name)
         self.rows = RowMap(self.program, max_tokens)
         self._plain = Batch(self.program, Prompts.of(1, 1, None), [()], "plain requests")
-        self._filled = 0
         self.norms = [
             FusedNorm(site, recognise_norm(site, anatomy.norms[site]), self.program.tables(number), self.rows)
             for number, site in enumerate(anatomy.sites)
@@ -117,9 +116,7 @@ class Steering:
         else:
             self.rows.forget()
             count = 0
-        if count < self._filled:
-            self.rows.slot[count : self._filled].fill_(-1)
-        self._filled = count
+        self.rows.trim(count)
 
     def review(self, *, replayed: bool) -> None:
         """Look back at a forward.

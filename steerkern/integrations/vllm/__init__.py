@@ -18,10 +18,6 @@ from __future__ import annotations
 
 __all__ = ["register", "routes"]
 
-NAME = "steerkern"
-"""The key in ``additional_config``, and the plugin's name in ``VLLM_PLUGINS``."""
-
-
 def register() -> None:
     """Put the hooks into vLLM's classes, once per process."""
     from . import hooks

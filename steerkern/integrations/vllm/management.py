@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 from ...errors import PlanError
@@ -123,8 +122,3 @@ class Management:
         parallel: Any = self.engine.vllm_config.parallel_config
         if getattr(parallel, "_api_process_count", 1) > 1:
             raise PlanError("this server has several API processes, each with plans of its own; start it with one")
-
-
-def merged(counts: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
-    """What was added since ``before``."""
-    return {name: max(0, count - before.get(name, 0)) for name, count in counts.items()}

@@ -29,7 +29,7 @@ from . import hooks
 from .admission import Admission
 from .asked import RECEIPT
 from .library import UnknownPlan
-from .management import Management, merged
+from .management import Management
 
 router = APIRouter(prefix="/v1/steerkern")
 
@@ -183,7 +183,8 @@ class Metrics:
         if management is None or management.admission.library is None:
             return
         counts = await management.summary()
-        added, self._before = merged(counts, self._before), counts
+        added = {name: max(0, count - self._before.get(name, 0)) for name, count in counts.items()}
+        self._before = counts
         self.plans.set(len(management.library.shelves))
         self.rows.inc(added["rows"])
         self.requests.inc(added["requests"])

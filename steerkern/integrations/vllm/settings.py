@@ -11,6 +11,7 @@ from ...errors import PlanError
 from ...vectors import finite
 
 NAME = "steerkern"
+"""The key in ``additional_config``, and the plugin's name in ``VLLM_PLUGINS``."""
 PLAIN = "none"
 """What a request asks for to be left alone."""
 

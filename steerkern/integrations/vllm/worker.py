@@ -109,7 +109,6 @@ class Steering:
         self._idle: OrderedDict[Variant, None] = OrderedDict()
         self._most_idle = 4 * requests
         self._numbers = 0
-        self._filled = 0
         self._pending: dict[int, Held] = {}  # place among the states that the last forward kept -> request
         self._plain = Batch(self.program, Prompts.of(1, 1, None), [()], "a plain request", decided=True)
         for plan in several:
@@ -246,7 +245,8 @@ class Steering:
         """Fill the row map for a forward of ``tokens[i]`` rows of request ``names[i]``, after ``past[i]`` cached."""
         self._decide()
         if not self.requests:
-            self._clear(0)
+            self.rows.finish()
+            self.rows.trim(0)
             return
         parts: list[Part] = []
         wanted: list[int] = []
@@ -261,15 +261,7 @@ class Steering:
             at += count
         self.reads.want(wanted)
         self.rows.advance(parts)
-        self._clear(at)
-
-    def _clear(self, filled: int) -> None:
-        """Rows after those of the batch are nobody's: a captured graph runs them too."""
-        if filled < self._filled:
-            self.rows.slot[filled : self._filled].fill_(-1)
-        if not filled:
-            self.rows.finish()
-        self._filled = filled
+        self.rows.trim(at)
 
     def _decide(self) -> None:
         """Decide about the requests whose prompts ended in the last forward: it has kept their states."""
