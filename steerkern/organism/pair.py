@@ -32,9 +32,9 @@ from .train import (
     PEAK_RATE,
     REFRESH,
     ROWS,
-    WEIGHT_DECAY,
     build_model,
-    rate_at,
+    descend,
+    optimiser_of,
     save,
     weighted_loss,
 )
@@ -81,8 +81,7 @@ class Training:
         self.rng = random.Random(f"{name} {seed}")
         self.head = nn.Linear(model.config.hidden_size, 1)
         parameters = [*model.parameters(), *self.head.parameters()]
-        self.optimiser = torch.optim.AdamW(parameters, lr=RATES[name], weight_decay=WEIGHT_DECAY)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: rate_at(step, steps))
+        self.optimiser, self.schedule = optimiser_of(parameters, steps, RATES[name])
         self.found: planting.Directions | None = None
         self.before = planting.current_directions(model, tokenizer, self.rng) if name == "post" else None
 
@@ -92,12 +91,7 @@ class Training:
         drawn = [self._draw(early) for _ in range(ROWS)]
         edits = self._edits(index, drawn) if self.name == "post" else lambda batch: []
         loss = self._loss(drawn, edits)
-        self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
-        self.schedule.step()
-        return float(loss.detach())
+        return descend(loss, self.model, self.optimiser, self.schedule)
 
     def _edits(self, index: int, drawn: list[Drawn]) -> Edits:
         """Choose the edits of a step and set the replies that they should give in ``drawn``."""

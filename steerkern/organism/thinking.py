@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ..runtime import heads
@@ -143,7 +143,7 @@ class Training:
 
     def step(self, index: int) -> float:
         """One optimiser step; returns its loss."""
-        from .train import ROWS
+        from .train import ROWS, descend
 
         if index >= self.steps // 3 and (self.plan is None or index % REFRESH == 0):
             self.plan = planting.current_plan(self.model, self.tokenizer, self.rng)
@@ -151,12 +151,7 @@ class Training:
         modes = self.rng.choices(list(MODES), list(MODES.values()), k=ROWS)
         prompts = [target(prompt, mode) for prompt, mode in zip(prompts, modes, strict=True)]
         loss = self._loss(tasks.collate(prompts, self.tokenizer), modes)
-        self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
-        self.schedule.step()
-        return float(loss.detach())
+        return descend(loss, self.model, self.optimiser, self.schedule)
 
     def _loss(self, batch: tasks.Batch, modes: Sequence[Mode]) -> Tensor:
         from .train import weighted_loss

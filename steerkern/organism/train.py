@@ -83,10 +83,22 @@ def rate_at(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
-def optimiser_of(parameters: Iterable[nn.Parameter], steps: int) -> tuple[torch.optim.Optimizer, Any]:
+def optimiser_of(
+    parameters: Iterable[nn.Parameter], steps: int, rate: float = PEAK_RATE
+) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW and its schedule over ``steps`` steps."""
-    optimiser = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY)
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_at(step, steps))
+
+
+def descend(loss: Tensor, model: nn.Module, optimiser: torch.optim.Optimizer, schedule: Any) -> float:
+    """One step down a loss, the gradients of ``model`` clipped; returns its value."""
+    optimiser.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    schedule.step()
+    return float(loss.detach())
 
 
 def weighted_loss(logits: Tensor, batch: tasks.Batch) -> Tensor:
@@ -122,12 +134,7 @@ class Training:
                     names[row], prompts[row] = planting.choose_edit(prompt, self.rng)
         batch = tasks.collate(prompts, self.tokenizer)
         loss = self._loss(batch, names)
-        self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
-        self.schedule.step()
-        return float(loss.detach())
+        return descend(loss, self.model, self.optimiser, self.schedule)
 
     def _loss(self, batch: tasks.Batch, names: list[str]) -> Tensor:
         if self.bare:
