@@ -224,6 +224,27 @@ STEER_FN Pair order_as(Pair x, const Bfloat16*) {
   return x;
 }
 
+// And back.
+template <class T>
+STEER_FN Pair natural_order(Pair x, const T*) {
+  return x;
+}
+
+STEER_FN Pair natural_order(Pair x, const Bfloat16*) {
+  Int low, high;
+  for (int i = 0; i < STEER_NATIVE; ++i) {
+    low[i] = i / 2 + i % 2 * STEER_NATIVE;
+    high[i] = low[i] + STEER_NATIVE / 2;
+  }
+  Float natural[2 * kParts];
+  for (int i = 0; i < kParts; ++i) {
+    natural[2 * i] = __builtin_shuffle(x.one.part[i], x.two.part[i], low);
+    natural[2 * i + 1] = __builtin_shuffle(x.one.part[i], x.two.part[i], high);
+  }
+  for (int i = 0; i < kParts; ++i) x.one.part[i] = natural[i], x.two.part[i] = natural[kParts + i];
+  return x;
+}
+
 template <class T>
 STEER_FN void store_pair(T* p, Pair x) {
   store(p, x.one);

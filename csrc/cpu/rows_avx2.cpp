@@ -7,6 +7,7 @@
 #define STEER_NATIVE 8
 namespace steerkern::cpu {
 #include "lanes.h"
+#include "passes.h"
 #include "rows.h"
 const Isa* avx2_isa() { return &kIsa; }
 }  // namespace steerkern::cpu

@@ -9,6 +9,7 @@
 #define STEER_NATIVE 16
 namespace steerkern::cpu {
 #include "lanes.h"
+#include "passes.h"
 #include "rows.h"
 const Isa* avx512_isa() { return &kIsa; }
 }  // namespace steerkern::cpu

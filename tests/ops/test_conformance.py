@@ -7,7 +7,7 @@ import functools
 import oracle
 import pytest
 import torch
-from programs import KINDS, Entry, pack, program, units
+from programs import KINDS, Entry, orthonormal, pack, program, units
 from runners import BACKENDS, NATIVE, Runner
 from torch import Tensor
 
@@ -145,6 +145,30 @@ def test_delta_is_added_first_and_rounded_once(backend: Runner, width: int, dtyp
     apart = backend.run(total, slot, tables, torch.ones(width, dtype=dtype), norm=Norm.LLAMA)
     assert torch.equal(got.h, apart.h)
     assert torch.equal(got.y, apart.y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_delta_before_any_number_of_directions(backend: Runner, count: int, dtype: torch.dtype) -> None:
+    width = 897
+    tables = pack([[Entry(v, beta=1.0) for v in orthonormal(count, width, 5)]])
+    h, delta, slot = rows(3, width, dtype), rows(3, width, dtype, seed=9), torch.zeros(3, dtype=torch.int32)
+    weight = rows(1, width, dtype, seed=1)[0]
+    got = backend.run(h, slot, tables, weight, norm=Norm.LLAMA, delta=delta, trace=count)
+    apart = backend.run(h + delta, slot, tables, weight, norm=Norm.LLAMA, trace=count)
+    assert all(torch.equal(one, other) for one, other in zip(got, apart, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", [Norm.LLAMA, Norm.FP32, Norm.GEMMA, Norm.LAYER])
+@pytest.mark.parametrize("backend", [r for r in NATIVE if r.isa], indirect=True, ids=str)
+def test_output_depends_on_the_edited_row_alone(backend: Runner, norm: Norm, dtype: torch.dtype) -> None:
+    """Not on how the row came about: summed, lifted, kept in norm, or given as it is."""
+    width = 897
+    h, slot, tables, *_ = case("mixed", 23, width, dtype)
+    weight, delta = rows(1, width, dtype, seed=1)[0], rows(23, width, dtype, seed=9)
+    got = backend.run(h, slot, tables, weight, norm=norm, delta=delta)
+    assert torch.equal(got.y, backend.run(got.h, None, tables, weight, norm=norm).y)
 
 
 def bits(x: Tensor) -> Tensor:
