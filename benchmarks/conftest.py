@@ -1,4 +1,4 @@
-"""One thread for every benchmark, and what a result is worth nothing without: device, versions, load, commit."""
+"""One thread and no gradients for every benchmark, and what a result is worth nothing without: device, versions, load, commit."""
 
 import os
 import platform
@@ -17,10 +17,11 @@ ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _inference_on_one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with torch.no_grad():
+        yield
     torch.set_num_threads(before)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 
@@ -26,22 +30,26 @@ class RMSNorm(nn.Module):
         return self.weight * h.to(dtype)
 
 
-class Fused(nn.Module):
-    """What a session puts in the norm's place."""
+class Fused:
+    """What a session puts in the norm's place, on one thread and under ``no_grad``."""
 
     def __init__(self, weight: Tensor, tables: Tables | None, slot: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
         self.kernel = cpu.bind(tables, weight.numel(), weight.dtype, Norm.LLAMA, EPS)
         self.slot = slot
-        self.pointer = 0 if slot is None else slot.data_ptr()
+        rows = None if slot is None else SimpleNamespace(pointer=slot.data_ptr(), count=len(slot))
+        self._call = cpu.bind_norm(self.kernel, weight.numel(), weight.dtype, {"weight": weight}, rows, sys.maxsize)
 
-    def forward(self, h: Tensor) -> Tensor:
-        y = torch.empty_like(h)
-        n, width = h.shape
-        fault = self.kernel(n, h.data_ptr(), width, self.pointer, self.weight.data_ptr(), 0, y.data_ptr(), 1)
-        assert fault == -1
+    def __call__(self, h: Tensor) -> Tensor:
+        """Edit ``h [N, H]`` in place and return it normalised."""
+        y: Tensor | None = self._call(h)
+        assert y is not None
         return y
+
+    def add(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """The edited sum of two states ``[N, H]``, and that normalised."""
+        both: tuple[Tensor, Tensor] | None = self._call(left, right)
+        assert both is not None
+        return both
 
 
 def ablation(k: int, width: int, plans: int = 1) -> Tables:
@@ -56,7 +64,7 @@ def ablation(k: int, width: int, plans: int = 1) -> Tables:
     return Tables(bank, links, fields[:, None].repeat(1, plans * k), span, torch.ones(plans))
 
 
-def gate(h: Tensor, fused: nn.Module, tables: Tables, slot: Tensor | None, weight: Tensor) -> None:
+def gate(h: Tensor, fused: Callable[[Tensor], Tensor], tables: Tables, slot: Tensor | None, weight: Tensor) -> None:
     """The fused op must agree with the reference before it is timed."""
     edited = h.clone()
     y = fused(edited)

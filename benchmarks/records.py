@@ -67,6 +67,13 @@ def case(name: str) -> str:
     return parameters.removesuffix("]").replace("-", ", ") or title.removeprefix("test_").replace("_", " ")
 
 
+def verdict(value: float, bound: str) -> str:
+    """``met`` or ``missed``, for a bound such as ``<= 1.05``."""
+    sign, _, limit = bound.partition(" ")
+    met = {"<=": value <= float(limit), ">=": value >= float(limit)}[sign]
+    return "met" if met else "missed"
+
+
 def _again(row: Mapping[str, Any]) -> Iterator[float]:
     """Ratios of something to itself: medians, alone or in quartiles by the names of their sides."""
     if "again" in row:

@@ -228,8 +228,12 @@ def _ratios(name: str, title: str, record: Record | None, note: str) -> Table | 
         ratios |= {side: found[1] for side, found in row.get("speedup_over_stock_quartiles", {}).items()}
         shown = benchmark.partition("[")[0].removeprefix("test_").replace("_", " ")
         text = "; ".join(f"{key} {value:.3g}" for key, value in ratios.items())
-        body.append({"case": f"{shown}: {records.case(benchmark)}", "ratios": text})
-    return _table(name, title, [Column("case", "case"), Column("ratios", "ratios")], body, record, note)
+        bounds = {key: (row[key], bound) for key, bound in row.get("goals", {}).items()}
+        goals = "; ".join(f"{key.replace('_', ' ')} {b}: {records.verdict(v, b)}" for key, (v, b) in bounds.items())
+        body.append({"case": f"{shown}: {records.case(benchmark)}", "ratios": text, "goals": goals or None})
+    columns = [Column("case", "case"), Column("ratios", "ratios")]
+    columns += [Column("goals", "goals")] if any(row["goals"] for row in body) else []
+    return _table(name, title, columns, body, record, note)
 
 
 def _medians(

@@ -60,6 +60,22 @@ STEER_FN float sum(Lanes x) {
 STEER_FN Word bits_of(Float x) { return (Word)x; }
 STEER_FN Float float_of(Word x) { return (Float)x; }
 
+// Whether one of them is not a number.
+STEER_FN bool has_nan(Lanes a, Lanes b) {
+  bool found = false;
+  for (int p = 0; p < kParts; ++p) {
+#if STEER_NATIVE == 16
+    found |= _mm512_cmp_ps_mask((__m512)a.part[p], (__m512)b.part[p], _CMP_UNORD_Q) != 0;
+#elif STEER_NATIVE == 8
+    found |= _mm256_movemask_ps(_mm256_cmp_ps((__m256)a.part[p], (__m256)b.part[p], _CMP_UNORD_Q)) != 0;
+#else
+    const Int odd = (a.part[p] != a.part[p]) | (b.part[p] != b.part[p]);
+    for (int i = 0; i < STEER_NATIVE; ++i) found |= odd[i] != 0;
+#endif
+  }
+  return found;
+}
+
 // Round to nearest even as bfloat16, left in the high half of the word. Integer arithmetic, because
 // _mm512_cvtneps_pbh flushes denormals. A NaN whose low half is all zeros comes through; others may carry over into -0.
 STEER_FN Float round_bfloat16(Float x) {
@@ -157,21 +173,6 @@ STEER_FN Lanes rounded(Lanes x, const Float16*) {
   return x;
 }
 
-// The same for an x with a float32 operand: its NaNs may have any payload (those of CUDA are all ones). Maths on
-// bfloat16 operands alone makes no such NaN, and saves the two instructions.
-template <class T>
-STEER_FN Lanes rounded_mixed(Lanes x, const T* dtype) {
-  return rounded(x, dtype);
-}
-
-STEER_FN Lanes rounded_mixed(Lanes x, const Bfloat16*) {
-  for (int i = 0; i < kParts; ++i) {
-    const Float nan = float_of((bits_of(x.part[i]) | 0x400000u) & 0xffff0000u);
-    x.part[i] = x.part[i] != x.part[i] ? nan : round_bfloat16(x.part[i]);
-  }
-  return x;
-}
-
 // store: sixteen values that `rounded` has returned.
 STEER_FN void store(float* p, Lanes x) {
   for (int i = 0; i < kParts; ++i) poke(p + i * STEER_NATIVE, x.part[i]);
@@ -243,6 +244,26 @@ STEER_FN Pair natural_order(Pair x, const Bfloat16*) {
   }
   for (int i = 0; i < kParts; ++i) x.one.part[i] = natural[i], x.two.part[i] = natural[kParts + i];
   return x;
+}
+
+// `rounded` for an x with a float32 operand, whose NaNs may have any payload (those of CUDA are all ones): a payload in
+// the low half alone is made quiet first. Maths on bfloat16 operands makes no such NaN.
+template <class T>
+STEER_FN Pair rounded_mixed(Pair x, const T* dtype) {
+  return {rounded(x.one, dtype), rounded(x.two, dtype)};
+}
+
+STEER_FN Lanes quiet(Lanes x) {
+  for (int i = 0; i < kParts; ++i) {
+    const Float nan = float_of((bits_of(x.part[i]) | 0x400000u) & 0xffff0000u);
+    x.part[i] = x.part[i] != x.part[i] ? nan : x.part[i];
+  }
+  return x;
+}
+
+STEER_FN Pair rounded_mixed(Pair x, const Bfloat16* dtype) {
+  if (__builtin_expect(has_nan(x.one, x.two), false)) x = {quiet(x.one), quiet(x.two)};
+  return {rounded(x.one, dtype), rounded(x.two, dtype)};
 }
 
 template <class T>

@@ -143,10 +143,7 @@ template <Lift kind, class T>
 float lift(T* h, const float* const* v, const float* c, int terms, int64_t width, const Ahead& ahead,
            float ratio = 1.0f) {
   Lanes squares[kSums] = {};
-  const auto finish = [&](Lanes x) STEER_LAMBDA {
-    if (kind == Lift::kRescale) x = x * fill(ratio);
-    return kind == Lift::kMeasure ? x : rounded_mixed(x, h);
-  };
+  const auto scaled = [&](Lanes x) STEER_LAMBDA { return kind == Lift::kRescale ? x * fill(ratio) : x; };
   sweep_steps(width, [&](int64_t j, int g, auto extent) STEER_LAMBDA {
     constexpr int kVectors = decltype(extent)::kVectors;
     Lanes sum[kVectors];
@@ -157,8 +154,8 @@ float lift(T* h, const float* const* v, const float* c, int terms, int64_t width
       for (int i = 0; i < kVectors; ++i) sum[i] = sum[i] + fill(c[k]) * load(v[k] + j + i * kLanes, extent);
     }
     if constexpr (kVectors == 1) {
-      const Lanes x = finish(load(h + j, extent) + sum[0]);
-      if (kind != Lift::kMeasure) store(h + j, x, extent);
+      Lanes x = scaled(load(h + j, extent) + sum[0]);
+      if (kind != Lift::kMeasure) store(h + j, x = rounded_mixed({x, x}, h).one, extent);
       squares[g] = squares[g] + x * x;
     } else {
       for (int k = 0; k < ahead.count; ++k)
@@ -167,8 +164,8 @@ float lift(T* h, const float* const* v, const float* c, int terms, int64_t width
       for (int i = 0; i < kVectors; i += 2) {
         const Pair term = order_as({sum[i], sum[i + 1]}, h);
         Pair x = load_pair(h + j + i * kLanes);
-        x = {finish(x.one + term.one), finish(x.two + term.two)};
-        if (kind != Lift::kMeasure) store_pair(h + j + i * kLanes, x);
+        x = {scaled(x.one + term.one), scaled(x.two + term.two)};
+        if (kind != Lift::kMeasure) store_pair(h + j + i * kLanes, x = rounded_mixed(x, h));
         squares[i] = squares[i] + x.one * x.one;
         squares[i + 1] = squares[i + 1] + x.two * x.two;
       }
