@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -120,8 +120,8 @@ def summary(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
     }
 
 
-def eager(device: Device, model: LlamaForCausalLM, rows: int, without: Collection[str]) -> dict[str, Any]:
-    """Greedy ``generate``, prompt included, in every way but those whose logits were wrong."""
+def eager(device: Device, model: LlamaForCausalLM, rows: int, without: Mapping[str, str]) -> dict[str, Any]:
+    """Greedy ``generate``, prompt included, in every way but those which something speaks against."""
     inputs, tokens, rounds = prompts(model, device, rows), 4 if device.dry else 32, 2 if device.dry else 5
     ways = {name: way for name, way in settings(device, model, rows).items() if name not in without}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -138,7 +138,7 @@ def eager(device: Device, model: LlamaForCausalLM, rows: int, without: Collectio
                 taken = host.timed(run)
             if number >= 0:
                 seconds[name].append(taken)
-    return summary(seconds, rows * tokens)
+    return {**summary(seconds, rows * tokens), "failed": dict(without)}
 
 
 class Steps:
@@ -261,7 +261,8 @@ def follow(device: Device, model: LlamaForCausalLM, plan: sk.Plan, backend: str)
 def compiled(device: Device, model: LlamaForCausalLM, rows: int, left: Callable[[], float]) -> dict[str, Any]:
     """Decode steps under torch.compile with a static cache, one way after the other, each against stock before it.
 
-    A graph break fails the way, wrong logits leave it without a time; ``counted`` says how often inductor gave up a CUDA graph, or copied what an op writes.
+    A graph break fails the way, wrong logits leave it without a time; ``counted`` says how often inductor gave up a
+    CUDA graph, or copied what an op writes.
     """
     warmup, count = (2, 2) if device.dry else (5, 40)
     stock, hooks = references(device, model, rows, warmup)

@@ -232,7 +232,7 @@ def measure(
     found: dict[str, Any] = {"backend": backend, "n": n, "width": width, "dtype": str(DTYPE), "sets": len(sets)}
     found |= {"relative_error": {name: round(e, 6) for name, e in errors.items()}, "wrong": excess(errors)}
     if found["wrong"]:
-        return found
+        return {**found, "goals": list(goals.of_op(n, backend, found))}
     if n < 8:
         del sides[plans]
     hook = hooked(weight, one.bank)
@@ -273,7 +273,7 @@ def variants(device: Device, n: int, width: int, k: int) -> dict[str, Any]:
     ways = {"default": {}, "default again": {}} if device.dry else {**VARIANTS, "default again": {}}
     sides = {name: fused(device, backend, tables, slot, weight, **way) for name, way in ways.items()}
     wrong = excess({name: check(side, tables, slot, weight, sets[0]) for name, side in sides.items()})
-    found: dict[str, Any] = {"n": n, "width": width, "k": k, "wrong": wrong}
+    found: dict[str, Any] = {"backend": backend, "n": n, "width": width, "k": k, "wrong": wrong}
     if "default" in wrong:
         return found
     sides = {name: side for name, side in sides.items() if name not in wrong}
