@@ -140,8 +140,8 @@ def decode(folder: Path) -> Table | None:
     columns = [Column("case", "case"), Column("rate", "stock, tokens/s"), *(Column(side, side) for side in sides)]
     columns += [Column("goal", "goal"), Column("missed", "goal missed by")]
     note = (
-        "Speed over the *unsteered stock* model: median (quartiles), by pairs within rounds; compiled, one way after the "
-        "other. Random weights, bf16."
+        "Speed over the *unsteered stock* model: median (quartiles), by pairs within rounds; compiled, one way after "
+        "the other. Random weights, bf16."
     )
     return _table(gate, "decode", "decoding", columns, body, note, "decode")
 
