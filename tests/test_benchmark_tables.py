@@ -54,6 +54,11 @@ def test_a_folder_without_results_has_no_tables(tmp_path):
     assert pictures.draw(tmp_path) == []
 
 
+def test_an_empty_file_is_a_suite_that_was_killed(tmp_path):
+    (tmp_path / "decode.json").touch()
+    assert tables.everything(tmp_path) == []
+
+
 @pytest.mark.parametrize(("again", "noisy"), [(0.96, True), (0.98, False), (1.02, False), (1.04, True)])
 def test_noise_beyond_three_per_cent_is_the_first_line(tmp_path, again, noisy):
     row = {

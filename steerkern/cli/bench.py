@@ -44,6 +44,7 @@ def bench(
     if plots:
         drawing.require_plots("--no-plots does without")
     report.prepare_folder(out)
+    tables.everything(out)  # what lies there already and cannot be read is said before anything runs
     chosen = [entry for name, entry in suites.SUITES.items() if not suite or name in suite]
     ran = _run(chosen, out, quick, suites.run)
     found = tables.everything(out)
