@@ -142,30 +142,31 @@ def test_a_suite_that_is_interrupted_leaves_those_that_are_done(tmp_path, monkey
     assert "attach + detach" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("ends", "status"), [("os.kill(os.getppid(), signal.SIGINT)", "stopped"), ("exit(1)", "failed")]
-)
+@pytest.mark.parametrize(("ends", "status"), [("time.sleep(60)", "stopped"), ("sys.exit(1)", "failed")])
 def test_what_an_unfinished_suite_measured_is_set_aside(tmp_path, monkeypatch, ends, status):
-    out, folder = tmp_path / "out", tmp_path / "clone"
-    out.mkdir()
-    folder.mkdir()
-    (out / "half.json").write_text("the run before")
-    (folder / "half.py").write_text(
-        "import os, signal, sys, time\n"
-        "file = next(a.partition('=')[2] for a in sys.argv if a.startswith('--benchmark-json'))\n"
-        f"open(file, 'w').write('half of it')\n{ends}\ntime.sleep(60)\n"
+    def advance(percent):
+        if status == "stopped":
+            raise KeyboardInterrupt
+
+    def run():
+        suite = Suite("half", "pytest that is not one", ("test_swap.py",))
+        return suites.run(suite, tmp_path, quick=True, advance=advance)
+
+    (tmp_path / "half.json").write_text("the run before")
+    begins = (
+        "import sys, time\n"
+        "(file,) = (a.partition('=')[2] for a in sys.argv if a.startswith('--benchmark-json'))\n"
+        "open(file, 'w').write('half of it')\n"
+        "print('[ 50%]', flush=True)\n"
     )
-    monkeypatch.setattr(suites, "LAUNCH", f"exec(open({str(folder / 'half.py')!r}).read())")
-    ran = suites.run(Suite("half", "ends badly", ("test_swap.py",)), out, quick=True, advance=lambda _: None)
-    assert ran.status == status
-    left = {path.name for path in out.iterdir()}
+    monkeypatch.setattr(suites, "LAUNCH", begins + ends)
+    assert run().status == status
+    left = {path.name for path in tmp_path.iterdir()}
     assert left == {"half.partial.json"} | ({"half.log"} if status == "failed" else set())
-    assert (out / "half.partial.json").read_text() == "half of it"
-    monkeypatch.setattr(suites, "LAUNCH", "import sys")
-    assert (
-        suites.run(Suite("half", "ends well", ("test_swap.py",)), out, quick=True, advance=lambda _: None).reason == ""
-    )
-    assert list(out.iterdir()) == []
+    assert (tmp_path / "half.partial.json").read_text() == "half of it"
+    monkeypatch.setattr(suites, "LAUNCH", "")
+    assert run().status == "done"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_selection_of_cases_selects_some():
