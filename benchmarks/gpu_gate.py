@@ -107,7 +107,7 @@ def run(gate: Gate) -> None:
     if not gate.dry:
         major, minor = torch.cuda.get_device_capability(0)  # raises where there is no GPU: nothing to do then
         gate.stage("build", lambda: checks.build(f"{major}{minor}", gate.left()))
-    from benchmarks.gpu import ops  # loads the extension
+    from benchmarks.gpu import launches, ops  # loads the extension
     from benchmarks.gpu.device import Device, Gpu
     from steerkern.ops import dispatch
 
@@ -133,11 +133,11 @@ def run(gate: Gate) -> None:
         for backend in backends:
             measured(backend, n, width)
     gate.stage("capture", lambda: ops.replayed(device))
-    gate.stage("calls", lambda: ops.calls(device))
-    plain = ops.variant_grid(device)
+    gate.stage("calls", lambda: launches.calls(device))
+    plain = launches.variant_grid(device)
     if backends:
         for n, width, k in plain[:8]:
-            gate.stage(f"variants N={n} H={width} K={k}", lambda n=n, w=width, k=k: ops.variants(device, n, w, k))
+            gate.stage(f"variants N={n} H={width} K={k}", lambda n=n, w=width, k=k: launches.variants(device, n, w, k))
     for tool in ("memcheck", "racecheck"):
         gate.stage(f"sanitizer {tool}", lambda t=tool: checks.sanitize(t, backends[0], min(gate.left(), 60)), needs=30)
     for name in ("tiny",) if gate.dry else ("8B", "0.5B"):
@@ -148,7 +148,7 @@ def run(gate: Gate) -> None:
     for n in (1, 64, 2048) if not gate.dry else ():
         measured(backends[0], n, 4096, compiled=True)
     for n, width, k in plain[8:]:
-        gate.stage(f"variants N={n} H={width} K={k}", lambda n=n, w=width, k=k: ops.variants(device, n, w, k))
+        gate.stage(f"variants N={n} H={width} K={k}", lambda n=n, w=width, k=k: launches.variants(device, n, w, k))
 
 
 def decode(gate: Gate, device: Any, name: str, batches: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.gpu import checks, decode, goals, ops
+from benchmarks.gpu import checks, decode, goals, launches, ops
 from benchmarks.gpu.device import Device
 from benchmarks.gpu_gate import Gate
 
@@ -22,12 +22,13 @@ def model():
 
 
 def test_a_kernel_that_writes_nothing_is_wrong_and_not_timed(monkeypatch):
-    monkeypatch.setattr(ops, "fused", lambda *_, **__: lambda b: b.h.add_(b.delta))
+    for module in (ops, launches):
+        monkeypatch.setattr(module, "fused", lambda *_, **__: lambda b: b.h.add_(b.delta))
     found = ops.measure(CPU, "cpu", 8, 64, None)
     assert set(found["wrong"]) == {"unsteered", "K=1", "K=4", "K=16", "K=1, 8 plans"}, "y was left as it was: nan"
     assert "us" not in found
     assert [(verdict["found"], verdict["met"]) for verdict in found["goals"]] == [(None, False)] * 2
-    variant = ops.variants(CPU, 2, 64, 1)
+    variant = launches.variants(CPU, 2, 64, 1)
     assert set(variant["wrong"]) == {"default", "default again"}
     assert "us" not in variant
 

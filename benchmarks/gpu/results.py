@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +35,9 @@ class Gate:
     def counts_out(self, stage: str, side: str) -> bool:
         """Whether a check found a side or its backend wrong, so that its timing in ``stage`` is none."""
         model = " ".join(stage.split()[:2])
-        names = (side, side.partition(",")[0])
+        own, names = (stage, f"{model}: logits", f"{model}: replays"), (side, side.partition(",")[0])
         for name, entry in self.stages.items():
-            concerned = name.split(maxsplit=1)[0] in BACKENDS or name in (
-                f"{model}: logits",
-                f"{model}: replays",
-                stage,
-            )
+            concerned = name.split(maxsplit=1)[0] in BACKENDS or name in own
             if concerned and entry["status"] == "wrong" and any(of in entry["result"]["wrong"] for of in names):
                 return True
         return False
@@ -71,5 +68,7 @@ def read(folder: Path) -> Gate | None:
     document = records.document(folder / "gpu.json", "about", "stages")
     if document is None:
         return None
-    broken = document.get("error") or ("" if document.get("finished") else "it was cut short")
+    broken = textwrap.shorten(document.get("error", ""), 200) or (
+        "" if document.get("finished") else "it was cut short"
+    )
     return Gate(document["about"], document["stages"], broken)
