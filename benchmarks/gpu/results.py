@@ -68,7 +68,6 @@ def read(folder: Path) -> Gate | None:
     document = records.document(folder / "gpu.json", "about", "stages")
     if document is None:
         return None
-    broken = textwrap.shorten(document.get("error", ""), 200) or (
-        "" if document.get("finished") else "it was cut short"
-    )
+    cut = "" if document.get("finished") else "it was cut short"
+    broken = textwrap.shorten(document.get("error", cut), 200)
     return Gate(document["about"], document["stages"], broken)
