@@ -1,7 +1,7 @@
 """Everything that a GPU can show, in one command and one budget of time.
 
 ``python benchmarks/gpu_gate.py --out DIR --budget 540`` builds the extension, runs the conformance tests and
-compute-sanitizer, then measures; ``DIR/gpu_gate.json`` is rewritten after every stage, what matters most first, so that
+compute-sanitizer, then measures; ``DIR/gpu.json`` is rewritten after every stage, what matters most first, so that
 a run that is cut short has its most important part. ``--dry`` runs the same code on the CPU with tiny shapes, which
 proves that the gate works and nothing about speed. Needs a checkout, nvcc, torch, triton, transformers; no network.
 """
@@ -26,12 +26,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from benchmarks.gpu.goals import GOALS, of_decoding  # noqa: E402
+
 
 class Gate:
     """The stages, their time and their results."""
 
     def __init__(self, out: Path, budget: float, dry: bool) -> None:
-        self.out, self.budget, self.dry = out / "gpu_gate.json", budget, dry
+        self.out, self.budget, self.dry = out / "gpu.json", budget, dry
         self.start = time.monotonic()
         self.results: dict[str, Any] = {"about": about(dry, budget), "stages": {}}
         out.mkdir(parents=True, exist_ok=True)
@@ -56,19 +58,22 @@ class Gate:
         if self.left() >= needs or self.dry:
             try:
                 result = run()
-                entry = {"status": "done", "result": result}
+                wrong = isinstance(result, dict) and result.get("wrong")
+                entry = {"status": "wrong" if wrong else "done", "result": result}
+                entry |= {"error": "; ".join(f"{side}: {why}" for side, why in wrong.items())} if wrong else {}
             except Exception as error:
                 entry = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
                 entry["trace"] = traceback.format_exc()[-2000:]
         entry["seconds"] = round(time.monotonic() - begun, 1)
         self.results["stages"][name] = entry
         self.write()
-        print(f"{name}: {entry['status']} in {entry['seconds']} s {entry.get('error', '')}"[:300], flush=True)
+        line = f"{name}: {entry['status']} in {entry['seconds']} s {entry.get('error', '')}"[:300]
+        print(line, f"[{min(100, 100 * self.results['seconds'] / self.budget):3.0f}%]", flush=True)
         return result
 
 
 def about(dry: bool, budget: float) -> dict[str, Any]:
-    """Commit, date, versions of what needs no GPU to ask."""
+    """Commit, date, goals, versions of what needs no GPU to ask."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, text=True, capture_output=True, check=False)
@@ -77,6 +82,7 @@ def about(dry: bool, budget: float) -> dict[str, Any]:
     found: dict[str, Any] = {
         "dry": dry,
         "budget": budget,
+        "goals": [goal.to_json() for goal in GOALS],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD") or os.environ.get("STEERKERN_COMMIT", "unknown"),
         "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
@@ -101,7 +107,7 @@ def run(gate: Gate) -> None:
     if not gate.dry:
         major, minor = torch.cuda.get_device_capability(0)  # raises where there is no GPU: nothing to do then
         gate.stage("build", lambda: checks.build(f"{major}{minor}", gate.left()))
-    from benchmarks.gpu import ops  # loads the extension
+    from benchmarks.gpu import launches, ops  # loads the extension
     from benchmarks.gpu.device import Device, Gpu
     from steerkern.ops import dispatch
 
@@ -111,13 +117,13 @@ def run(gate: Gate) -> None:
     gate.results["about"]["device"] = device.describe()
     backends = [name for name in device.backends if not dispatch.backends()[name]]
     gate.results["about"]["backends"] = dispatch.backends()
-    gate.stage("conformance", lambda: checks.tests(gate.dry, min(gate.left(), 100)))
-    rates = gate.stage("copy bandwidth", lambda: ops.copy_rate(device)) or {"large": float("nan")}
+    gate.stage("conformance", lambda: checks.tests(gate.dry, min(gate.left(), 100), backends))
+    rates = gate.stage("copy bandwidth", lambda: ops.copy_rate(device)) or {}
 
     def measured(backend: str, n: int, width: int, compiled: bool = False) -> None:
         gate.stage(
-            f"op {backend} N={n} H={width}",
-            lambda: ops.measure(device, backend, n, width, rates["large"], compiled),
+            f"op {backend} N={n} H={width}" + (", compiled too" if compiled else ""),
+            lambda: ops.measure(device, backend, n, width, rates.get("large"), compiled),
             needs=15 if compiled else 5,
         )
         device.free()
@@ -127,11 +133,11 @@ def run(gate: Gate) -> None:
         for backend in backends:
             measured(backend, n, width)
     gate.stage("capture", lambda: ops.replayed(device))
-    gate.stage("calls", lambda: ops.calls(device))
-    plain = ops.variant_grid(device)
+    gate.stage("calls", lambda: launches.calls(device))
+    plain = launches.variant_grid(device)
     if backends:
         for n, width, k in plain[:8]:
-            gate.stage(f"variants N={n} H={width} K={k}", lambda n=n, w=width, k=k: ops.variants(device, n, w, k))
+            gate.stage(f"variants N={n} H={width} K={k}", lambda n=n, w=width, k=k: launches.variants(device, n, w, k))
     for tool in ("memcheck", "racecheck"):
         gate.stage(f"sanitizer {tool}", lambda t=tool: checks.sanitize(t, backends[0], min(gate.left(), 60)), needs=30)
     for name in ("tiny",) if gate.dry else ("8B", "0.5B"):
@@ -142,41 +148,47 @@ def run(gate: Gate) -> None:
     for n in (1, 64, 2048) if not gate.dry else ():
         measured(backends[0], n, 4096, compiled=True)
     for n, width, k in plain[8:]:
-        gate.stage(f"variants N={n} H={width} K={k}", lambda n=n, w=width, k=k: ops.variants(device, n, w, k))
+        gate.stage(f"variants N={n} H={width} K={k}", lambda n=n, w=width, k=k: launches.variants(device, n, w, k))
 
 
 def decode(gate: Gate, device: Any, name: str, batches: tuple[int, ...]) -> None:
-    """The decode stages of one model: batch 1 in every mode first."""
+    """The decode stages of one model: batch 1 in every mode first. What has wrong logits is not timed."""
     from benchmarks.gpu import decode as parts
 
     # 8 billion parameters are made and compiled in 20 s; leave the second model its turn
     large = name == "8B"
     model: Any = None
 
-    def load() -> dict[str, float]:
+    def load() -> dict[str, Any]:
         nonlocal model
         model = parts.model_of(name, device)
         return parts.correct(device, model)
 
-    gate.stage(f"decode {name}: logits", load, needs=40)
-    if model is None:
-        return
-    gate.stage(f"decode {name}: replays", lambda: parts.replayed(device, model), needs=20)
-    for rows in batches:
-        at = f"decode {name} batch {rows}"
-        gate.stage(f"{at}: graph", lambda r=rows: parts.captured(device, model, r), needs=20)
-        gate.stage(f"{at}: eager", lambda r=rows: parts.eager(device, model, r), needs=60 if large else 40)
-    at = f"decode {name} batch {batches[0]}: compiled"
-    gate.stage(at, lambda: parts.compiled(device, model, batches[0], gate.left), needs=120 if large else 60)
+    def stage(batch: int, way: str, run: Callable[[], dict[str, Any]], needs: float) -> None:
+        def judged() -> dict[str, Any]:
+            found = run()
+            return {**found, "goals": list(of_decoding(name, batch, way, found))}
+
+        gate.stage(f"decode {name} batch {batch}: {way}", judged, needs)
+
+    checked = gate.stage(f"decode {name}: logits", load, needs=40)
+    if checked is not None and "stock" not in checked["wrong"]:
+        without = {**checked["wrong"], **checked["failed"]}
+        gate.stage(f"decode {name}: replays", lambda: parts.replayed(device, model), needs=20)
+        for batch in batches:
+            stage(batch, "graph", lambda b=batch: parts.captured(device, model, b), 20)
+            stage(batch, "eager", lambda b=batch: parts.eager(device, model, b, without), 60 if large else 40)
+        first = batches[0]
+        stage(first, "compiled", lambda: parts.compiled(device, model, first, gate.left), 120 if large else 60)
     model = None
     gc.collect()
     device.free()
 
 
 def main() -> int:
-    """Run the gate; 0 unless a stage failed."""
+    """Run the gate; 0 unless a stage failed or found something wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_gate.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json")
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: does the gate itself work?")
     options = parser.parse_args()
@@ -189,8 +201,10 @@ def main() -> int:
         gate.write()
         print(gate.results["error"], file=sys.stderr)
         return 2
-    failed = [name for name, stage in gate.results["stages"].items() if stage["status"] == "failed"]
-    print(f"{len(gate.results['stages'])} stages, failed: {failed or 'none'}; {gate.out}")
+    gate.results["finished"] = True
+    gate.write()
+    failed = [name for name, stage in gate.results["stages"].items() if stage["status"] in ("failed", "wrong")]
+    print(f"{len(gate.results['stages'])} stages, wrong or failed: {failed or 'none'}; {gate.out}")
     return 1 if failed else 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,33 @@ class Record:
         return ", ".join(words)
 
 
+def document(file: Path, *keys: str) -> dict[str, Any] | None:
+    """The JSON object in ``file``; None if there is no file, or an empty one, which a suite that was killed leaves.
+
+    Raises:
+        ValueError: something else is in it, or one of ``keys`` is not.
+    """
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if not text:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is not the JSON that a suite leaves ({error}); remove it") from None
+    absent = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if absent:
+        raise ValueError(f"{file} is not what a suite leaves, it has no {absent[0]!r}; remove it")
+    checked: dict[str, Any] = found
+    return checked
+
+
 def read(folder: Path, *suites: str) -> Record | None:
     """The record of suites, ``NAME.json`` and ``NAME-*.json``; None if none has run.
 
     Machine, commit and date are those of the first file.
     """
-    files = [f for name in suites for f in (*folder.glob(f"{name}.json"), *sorted(folder.glob(f"{name}-*.json")))]
-    documents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    files = [f for name in suites for f in (folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json")))]
+    documents = [found for file in files if (found := document(file, "benchmarks")) is not None]
     if not documents:
         return None
     first = documents[0]
@@ -72,6 +92,12 @@ def verdict(value: float, bound: str) -> str:
     sign, _, limit = bound.partition(" ")
     met = {"<=": value <= float(limit), ">=": value >= float(limit)}[sign]
     return "met" if met else "missed"
+
+
+def quartiles(found: Sequence[float], form: str = ".2f") -> str:
+    """First quartile, median and third quartile for a person."""
+    low, median, high = found
+    return f"{median:{form}} ({low:{form}} to {high:{form}})"
 
 
 def _again(row: Mapping[str, Any]) -> Iterator[float]:

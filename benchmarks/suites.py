@@ -145,7 +145,7 @@ SUITES = {
 
 
 class Ran(NamedTuple):
-    """How a suite went: ``done``, ``failed`` or ``skipped``, why, and in how many seconds."""
+    """How a suite went: ``done``, ``failed``, ``skipped`` or ``stopped``, why, and in how many seconds."""
 
     status: str
     reason: str
@@ -156,25 +156,28 @@ def run(suite: Suite, out: Path, *, quick: bool, advance: Callable[[int], None])
     """Run a suite into the existing folder ``out``, in place of what it left there; ``advance`` is told the per cent.
 
     Correctness is checked before time is taken, so a suite fails for being wrong, never for being slow; its output is
-    then in ``NAME.log``.
+    then in ``NAME.log``, and what pytest had measured in ``NAME.partial.json``, of which no table is made. One that is
+    interrupted (Ctrl-C) leaves the same without a log.
     """
     if reason := suite.unable():
         return Ran("skipped", reason, 0.0)
     begun = time.monotonic()
-    for pattern in (f"{suite.name}.json", f"{suite.name}-*.json", f"{suite.name}.log"):
+    for pattern in (f"{suite.name}.json", f"{suite.name}-*.json", f"{suite.name}.partial.json", f"{suite.name}.log"):
         for old in out.glob(pattern):
             old.unlink()
     command = [sys.executable, *suite.command(out.resolve(), quick)]
     with (out / f"{suite.name}.log").open("w+", encoding="utf-8") as log:
         environment = _environment(suite, quick)
         process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=log)
-        printed = []
+        printed, stopped = [], False
         try:
             assert process.stdout is not None
             for line in process.stdout:
                 printed.append(line)
                 if found := PERCENT.search(line.rstrip()):
                     advance(int(found[1]))
+        except KeyboardInterrupt:
+            stopped = True
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -183,10 +186,20 @@ def run(suite: Suite, out: Path, *, quick: bool, advance: Callable[[int], None])
             (out / f"{suite.name}.json").write_text("".join(printed), encoding="utf-8")
         log.writelines(printed)
     seconds = time.monotonic() - begun
-    if process.returncode == 0:
-        (out / f"{suite.name}.log").unlink()
-        return Ran("done", "", seconds)
-    return Ran("failed", f"exit code {process.returncode}, see {out / f'{suite.name}.log'}", seconds)
+    status = "stopped" if stopped else "done" if process.returncode == 0 else "failed"
+    if suite.tests and status != "done":
+        _set_aside(out / f"{suite.name}.json")
+    if status == "failed":
+        return Ran(status, f"exit code {process.returncode}, see {out / f'{suite.name}.log'}", seconds)
+    (out / f"{suite.name}.log").unlink()
+    return Ran(status, "interrupted" if stopped else "", seconds)
+
+
+def _set_aside(results: Path) -> None:
+    """Of a run that did not end well; pytest-benchmark leaves an empty file when it has none."""
+    if results.exists() and results.stat().st_size:
+        results.rename(results.with_suffix(".partial.json"))
+    results.unlink(missing_ok=True)
 
 
 def _environment(suite: Suite, quick: bool) -> dict[str, str]:

@@ -5,20 +5,20 @@ A table is made of the JSON of one or two suites; where they have not run there 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import pictures, records
-from benchmarks.records import Record
+from benchmarks.gpu import tables as gpu
+from benchmarks.records import Record, quartiles
 from steerkern.report import Column, Row, Table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- written by python -m benchmarks.tables -->", "<!-- end -->"
 READING = ("controller", "extraction")
-FOLDED = ("peers", "ops", "malloc", "prefill", "swap", "isolation", "scaling")
+FOLDED = ("peers", "ops", "malloc", "prefill", "swap", "isolation", "scaling", *gpu.FOLDED)
 """Tables that the README keeps shut."""
 
 
@@ -65,8 +65,8 @@ def peers(folder: Path) -> Table | None:
             {
                 "peer": f"{row['peer']} {row.get('version') or ''}".strip(),
                 "edit": row["edit"],
-                "added": _quartiles(row["added_us_per_layer_token"], ".1f") if ran else "not run",
-                "ratio": _quartiles(row["ratio_to_stock"]) if ran else _absence(row),
+                "added": quartiles(row["added_us_per_layer_token"], ".1f") if ran else "not run",
+                "ratio": quartiles(row["ratio_to_stock"]) if ran else _absence(row),
                 **{name: row.get("correct", {}).get(name, "") for name in checks},
                 "theirs": row.get("authors_figure"),
             }
@@ -79,7 +79,11 @@ def peers(folder: Path) -> Table | None:
         *(Column(name, name) for name in checks),
         Column("theirs", "authors' own figure"),
     ]
-    return _table("peers", "Other libraries", columns, body, record, "Below 0 us: faster than the stock model.")
+    installs = dict.fromkeys(
+        f" What is not installed: `{row['install']}`." for row in record.rows.values() if _is_missing(row)
+    )
+    note = "Below 0 us: faster than the stock model." + "".join(installs)
+    return _table("peers", "Other libraries", columns, body, record, note)
 
 
 def sessions(folder: Path) -> Table | None:
@@ -128,10 +132,10 @@ def reading(folder: Path) -> Table | None:
     for name, row in record.rows.items():
         if "speedup_over_plain_quartiles" in row:
             what = f"decoding under a controller, speed over the same plan without one, {records.case(name)}"
-            body.append((what, _quartiles(row["speedup_over_plain_quartiles"]["guided"]), f"{row['goal']:.2f}"))
+            body.append((what, quartiles(row["speedup_over_plain_quartiles"]["guided"]), f"{row['goal']:.2f}"))
         elif "cost_over_plain_quartiles" in row:
             what = f"capturing two states per layer, time over the plain forwards, {records.case(name)}"
-            body.append((what, _quartiles(row["cost_over_plain_quartiles"]["capture"]), f"{row['goal']:.2f}"))
+            body.append((what, quartiles(row["cost_over_plain_quartiles"]["capture"]), f"{row['goal']:.2f}"))
     return _medians("reading", "Reading states", body, record, READING) if body else None
 
 
@@ -171,10 +175,9 @@ def scaling(folder: Path) -> Table | None:
 
 def isolation(folder: Path) -> Table | None:
     """Tenants, threads, rows, leaks."""
-    path = folder / "isolation.json"
-    if not path.exists():
+    found = records.document(folder / "isolation.json", "levels")
+    if found is None:
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
     keys = {"rows": "rows", "steered": "steered", "swaps": "plans swapped", "failed": "failed"}
     keys |= {"given_up": "given up", "leaked": "rows leaked"}
     body: list[Row] = [
@@ -189,7 +192,7 @@ def isolation(folder: Path) -> Table | None:
     return Table("isolation", "Isolation", columns, tuple(body), note)
 
 
-TABLES = (decode, peers, prefill, serving, vllm, sessions, reading, swap, isolation, ops, malloc, scaling)
+TABLES = (decode, peers, *gpu.TABLES, prefill, serving, vllm, sessions, reading, swap, isolation, ops, malloc, scaling)
 """In the order in which they are shown."""
 
 
@@ -208,7 +211,7 @@ def _speedups(name: str, title: str, record: Record | None, parameters: Sequence
         ratios: Mapping[str, Any] = row["speedup_over_stock_quartiles"]
         at: dict[str, Any] = dict(zip(parameters, records.case(benchmark).split(", "), strict=False))
         at |= {"batch": at.get("batch", "1"), "rate": _rate(row["tokens_per_second"]["stock"])}
-        at |= {side: _quartiles(ratios[side]) for side in ratios}
+        at |= {side: quartiles(ratios[side]) for side in ratios}
         body.append({**at, "goal": row.get("goal")})
     goal = [Column("goal", "goal", ".2f")] if any(row["goal"] for row in body) else []
     columns = [Column(key, key) for key in parameters]
@@ -260,19 +263,21 @@ def _table(
     return Table(name, headed, tuple(columns), tuple(body), about.strip())
 
 
-def _quartiles(found: Sequence[float], form: str = ".2f") -> str:
-    low, median, high = found
-    return f"{median:{form}} ({low:{form}} to {high:{form}})"
-
-
 def _rate(tokens: float) -> str:
     return f"{tokens:.0f}" if tokens >= 100 else f"{tokens:.1f}"
 
 
 def _absence(row: Mapping[str, Any]) -> str:
-    """Why a library was not run, and what would install it."""
-    reason, install = row.get("reason", ""), row["install"]
-    return reason if install in reason else "; ".join(filter(None, (reason, f"`{install}`")))
+    """Why a library was not run, and what would install it; what is below the table is not said again."""
+    reason, install = str(row.get("reason", "")), row["install"]
+    if _is_missing(row):
+        return reason.replace(f": {install}", "")
+    return "; ".join(filter(None, (reason, f"`{install}`")))
+
+
+def _is_missing(row: Mapping[str, Any]) -> bool:
+    """Whether a library was not run because it is not installed."""
+    return row["install"] in row.get("reason", "")
 
 
 def text(folder: Path = RESULTS) -> str:

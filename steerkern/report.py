@@ -152,7 +152,7 @@ class Table:
         )
         for column in self.columns:
             numeric = any(isinstance(row.get(column.key), (int, float)) for row in self.rows)
-            table.add_column(escape(column.title), justify="right" if numeric else "left")
+            table.add_column(escape(column.title), justify="right" if numeric else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*(escape(column.text(row.get(column.key))) for column in self.columns))
         return table

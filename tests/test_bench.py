@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -48,6 +49,14 @@ class TestBadInput:
     def test_a_folder_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")
         refused("cannot write to folder", "--out", tmp_path / "file" / "out")
+
+    @pytest.mark.parametrize(
+        ("name", "text"), [("decode", '{"a": 1}'), ("gpu", "[]"), ("ops", "{"), ("isolation", "1")]
+    )
+    def test_a_folder_with_json_of_something_else(self, tmp_path, name, text):
+        (tmp_path / f"{name}.json").write_text(text)
+        refused(f"{tmp_path / name}.json is not", "--suite", "attach", "--out", tmp_path)
+        assert not (tmp_path / "report.md").exists()
 
     def test_no_clone_around(self, tmp_path, monkeypatch):
         monkeypatch.setattr(sys.modules[MODULE], "__file__", str(tmp_path / "lib" / "steerkern" / "cli" / "bench.py"))
@@ -107,6 +116,57 @@ def test_a_suite_that_fails_and_one_that_cannot_run(tmp_path, monkeypatch):
     shown = bench("--out", tmp_path)
     assert shown.exit_code == 1
     assert "wrong: failed, exit code" in shown.stdout
+
+
+def test_a_suite_that_is_interrupted_leaves_those_that_are_done(tmp_path, monkeypatch):
+    """Ctrl-C: one sentence, a report of what is done, and no table of what is not."""
+    results = suites.ROOT / "benchmarks" / "results"
+
+    def run(suite, out, **_):
+        if suite.name == "swap":
+            return suites.Ran("stopped", "interrupted", 1.0)
+        shutil.copy(results / f"{suite.name}.json", out)
+        return suites.Ran("done", "", 1.0)
+
+    monkeypatch.setattr(suites, "run", run)
+    chosen = [option for name in ("attach", "swap", "decode") for option in ("--suite", name)]
+    result = bench(*chosen, "--no-plots", "--out", tmp_path, "--json")
+    assert result.exit_code == 130
+    assert f"interrupted in swap; 1 of 3 suites are done, their results are in {tmp_path}\n" in result.stderr
+    document = json.loads(result.stdout)
+    assert {name: entry["status"] for name, entry in document["suites"].items()} == {
+        "attach": "done",
+        "swap": "stopped",
+    }
+    assert list(document["tables"]) == ["attach"]
+    assert "attach + detach" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("ends", "status"), [("time.sleep(60)", "stopped"), ("sys.exit(1)", "failed")])
+def test_what_an_unfinished_suite_measured_is_set_aside(tmp_path, monkeypatch, ends, status):
+    def advance(percent):
+        if status == "stopped":
+            raise KeyboardInterrupt
+
+    def run():
+        suite = Suite("half", "pytest that is not one", ("test_swap.py",))
+        return suites.run(suite, tmp_path, quick=True, advance=advance)
+
+    (tmp_path / "half.json").write_text("the run before")
+    begins = (
+        "import sys, time\n"
+        "(file,) = (a.partition('=')[2] for a in sys.argv if a.startswith('--benchmark-json'))\n"
+        "open(file, 'w').write('half of it')\n"
+        "print('[ 50%]', flush=True)\n"
+    )
+    monkeypatch.setattr(suites, "LAUNCH", begins + ends)
+    assert run().status == status
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"half.partial.json"} | ({"half.log"} if status == "failed" else set())
+    assert (tmp_path / "half.partial.json").read_text() == "half of it"
+    monkeypatch.setattr(suites, "LAUNCH", "")
+    assert run().status == "done"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_selection_of_cases_selects_some():

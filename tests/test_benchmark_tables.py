@@ -54,6 +54,11 @@ def test_a_folder_without_results_has_no_tables(tmp_path):
     assert pictures.draw(tmp_path) == []
 
 
+def test_an_empty_file_is_a_suite_that_was_killed(tmp_path):
+    (tmp_path / "decode.json").touch()
+    assert tables.everything(tmp_path) == []
+
+
 @pytest.mark.parametrize(("again", "noisy"), [(0.96, True), (0.98, False), (1.02, False), (1.04, True)])
 def test_noise_beyond_three_per_cent_is_the_first_line(tmp_path, again, noisy):
     row = {
@@ -94,6 +99,18 @@ def test_peers_that_ran_and_peers_that_did_not(tmp_path):
     assert "| other 1.2 | add | 36.0 (30.0 to 41.0) | 1.20 (1.10 to 1.30) | yes | no |" in page
     assert "| gone 1.2 | add | not run | needs a GPU; `pip install other` |" in page
     assert "2x (theirs)" in page
+    assert "What is not installed" not in page
+    missing = {
+        **ran,
+        "peer": "missing",
+        "version": None,
+        "status": "not run",
+        "reason": "not installed: pip install other",
+    }
+    (table,) = tables.everything(written(tmp_path, "peers", a=ran, b=missing, c={**missing, "edit": "ablate"}))
+    assert "| missing | add | not run | not installed |" in table.to_markdown()
+    assert table.note.count("pip install other") == 1, "long, so it is said once"
+    folder = written(tmp_path, "peers", a=ran, b=absent, c=ours, d=again)
     (plot,) = pictures.everything(folder)
     (bars,) = plot.panels
     assert isinstance(bars, Bars)

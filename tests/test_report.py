@@ -116,6 +116,13 @@ def test_print_shows_text_as_it_is(report):
     assert "hidden" not in text
 
 
+def test_a_narrow_terminal_loses_nothing_of_a_long_word():
+    word = "0123456789" * 12
+    console = Console(width=40, record=True, file=io.StringIO())
+    console.print(Table("t", "T", (Column("a", "a"),), ({"a": word},)).render())
+    assert "".join(console.export_text().split()).endswith(word)
+
+
 def test_tables_are_found_by_name(report):
     assert report["rates"].title == "Rates"
     with pytest.raises(KeyError, match="this report has rates"):

@@ -8,10 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+FOUND = 9
+"""What compute-sanitizer leaves with when it has found something."""
 
 
 def python(*arguments: str, timeout: float, before: tuple[str, ...] = (), **variables: str) -> tuple[int, str]:
@@ -60,13 +63,14 @@ def headers() -> dict[str, str]:
     return {"PYBIND11_INCLUDE": str(Path(torch.__file__).parent / "include")}
 
 
-def tests(dry: bool, timeout: float) -> dict[str, Any]:
+def tests(dry: bool, timeout: float, backends: Sequence[str]) -> dict[str, Any]:
     """The conformance tests that run on the GPU; in a dry run those of one edit on the CPU."""
     if dry:
         runs = [["tests/ops/test_conformance.py", "-k", "test_additions_have_the_bits_of_torch"]]
     else:
         runs = [["tests/ops/test_cuda.py"], ["tests/ops/test_conformance.py", "-k", "triton or cuda"]]
     found: dict[str, Any] = {}
+    wrong: dict[str, str] = {}
     for which in runs:
         # the engine named so leaves out what a machine without a GPU tests
         code, out = python(
@@ -75,7 +79,11 @@ def tests(dry: bool, timeout: float) -> dict[str, Any]:
         lines = out.strip().splitlines()
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         found[which[0]] = {"exit": code, "passed": code == 0, "failed": failed[:40], "last": lines[-1:]}
-    return found
+        if code not in (0, 124):  # what takes too long is not finished, not wrong
+            names = [line.partition(" - ")[0] for line in failed]
+            blamed = [backend for backend in backends if any(backend in name for name in names)]
+            wrong |= dict.fromkeys(blamed or backends, f"{which[0]}: {lines[-1] if lines else code}")
+    return {"runs": found, "wrong": wrong}
 
 
 def sanitize(tool: str, backend: str, timeout: float) -> dict[str, Any]:
@@ -83,7 +91,10 @@ def sanitize(tool: str, backend: str, timeout: float) -> dict[str, Any]:
     if shutil.which("compute-sanitizer") is None:
         return {"skipped": "no compute-sanitizer"}
     filters = ("--kernel-name", "kns=steer_rows")
-    before = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *filters)
+    before = ("compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), *filters)
     code, out = python("benchmarks/gpu/case.py", backend, timeout=timeout, before=before)
     lines = [line for line in out.splitlines() if "=========" in line]
-    return {"exit": code, "clean": code == 0 and "ran" in out, "said": lines[-15:], "tail": out[-600:]}
+    if code not in (0, FOUND, 124) or (code == 0 and "ran" not in out):
+        raise RuntimeError(f"{tool} did not look, exit code {code}: {out[-600:]}")
+    wrong = {backend: f"{tool}: {lines[-1] if lines else out[-200:]}"} if code == FOUND else {}
+    return {"exit": code, "clean": code == 0, "said": lines[-15:], "tail": out[-600:], "wrong": wrong}

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from steerkern import __version__
+
 Kind: TypeAlias = Literal["add", "ablate", "clamp", "rank 4"]
 Change: TypeAlias = Callable[[Tensor], Tensor]
 Inputs: TypeAlias = Mapping[str, Tensor]
@@ -123,9 +125,11 @@ class Adapter:
 
     @property
     def version(self) -> str | None:
-        """Of the installed package; None where it is missing."""
+        """Of the installed package; None where it is missing. What is in this folder is as old as steerkern."""
+        if self.package is None:
+            return __version__
         try:
-            return metadata.version(self.package or "steerkern")
+            return metadata.version(self.package)
         except metadata.PackageNotFoundError:
             return None
 

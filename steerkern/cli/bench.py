@@ -44,12 +44,16 @@ def bench(
     if plots:
         drawing.require_plots("--no-plots does without")
     report.prepare_folder(out)
+    tables.everything(out)  # what lies there already and cannot be read is said before anything runs
     chosen = [entry for name, entry in suites.SUITES.items() if not suite or name in suite]
     ran = _run(chosen, out, quick, suites.run)
     found = tables.everything(out)
     (out / "report.md").write_text("\n\n".join(table.to_markdown() for table in found) + "\n", encoding="utf-8")
     files = [out / "report.md", *sorted(out.glob("*.json")), *(pictures.draw(out) if plots else [])]
-    failed = [name for name, entry in ran.items() if entry.status == "failed"]
+    statuses = [entry.status for entry in ran.values()]
+    if "stopped" in statuses:
+        done = f"{statuses.count('done')} of {len(chosen)} suites are done, their results are in {out}"
+        typer.echo(f"steerkern bench: interrupted in {list(ran)[-1]}; {done}", err=True)
 
     def show(console: Console) -> None:
         for table in found:
@@ -67,7 +71,7 @@ def bench(
         "tables": {table.name: table.to_json() for table in found},
         "files": [str(file) for file in files],
     }
-    return Outcome(document, show, status=1 if failed else 0)
+    return Outcome(document, show, status=130 if "stopped" in statuses else 1 if "failed" in statuses else 0)
 
 
 def _clone() -> Path:
@@ -83,7 +87,7 @@ def _clone() -> Path:
 
 
 def _run(chosen: list[Any], out: Path, quick: bool, run: Any) -> dict[str, Any]:
-    """Run the suites one after the other, under a bar for all of them and one for the suite that runs."""
+    """Run the suites until one is interrupted, under a bar for all of them and one for the suite that runs."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -101,4 +105,6 @@ def _run(chosen: list[Any], out: Path, quick: bool, run: Any) -> dict[str, Any]:
             bars.update(task, completed=100, visible=False)
             bars.advance(everything)
             console.print(f"{suite.name}: {ran[suite.name].status} ({time.monotonic() - begun:.0f} s)", highlight=False)
+            if ran[suite.name].status == "stopped":
+                break
     return ran
