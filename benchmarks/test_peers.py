@@ -35,7 +35,7 @@ from steerkern.timing import Contender, Quartiles, interleave
 
 SHAPE = "9M"
 LAYERS = SHAPES[SHAPE]["num_hidden_layers"]
-TOKENS, ROUNDS, WARMUP, MIXED = 16, 11, 2, 8
+TOKENS, ROUNDS, WARMUP, MIXED = 16, 9, 1, 8
 BATCHED = ("add", "ablate")
 PEERS = {peer.name: peer for peer in ADAPTERS}
 CASES = [(name, kind, 1) for name, peer in PEERS.items() for kind in peer.edits]

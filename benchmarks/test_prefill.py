@@ -21,7 +21,7 @@ from steerkern.timing import Contender, ablation_hooks, interleave
 
 pytestmark = pytest.mark.skipif(bool(backends()["cpu"]), reason=backends()["cpu"] or "-")
 LENGTHS = {"9M": (64, 512, 1024), "34M": (64, 256), "0.5B": (32,)}
-SECONDS = {"9M": 10, "34M": 10, "0.5B": 25}
+SECONDS = {"9M": 8, "34M": 8, "0.5B": 18}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
