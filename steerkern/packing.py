@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +14,12 @@ from .errors import PlanError
 from .ops.schemas import MAX_ENTRIES, Flag, Mode
 from .plan import Plan
 from .steps import Step
+
+StepKey = tuple[str, int]
+"""A plan's name and the number of the step in it."""
+
+Combination = frozenset[StepKey]
+"""Steps that act on the same row."""
 
 
 class Site(NamedTuple):
@@ -26,14 +32,18 @@ class Site(NamedTuple):
         return f"{self.name}[{self.layer}]"
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
     """A plan in the program."""
 
     plan: Plan
+    number: int
+    """Plans that came later have higher ones, and act later on a row."""
+    places: dict[Step, dict[int, int]]
+    """Per step, the sites that it reaches: number -> layer as the plan counts it."""
     bank_rows: dict[int, list[int]]
     """``id`` of a :class:`~steerkern.edits.Rows` or Gate of the plan -> bank rows of its vectors."""
-    vectors: frozenset[int] = frozenset()
+    vectors: tuple[int, ...]
     """The addresses of those vectors."""
     scale: float = 1.0
     changes: int = 0
@@ -41,11 +51,11 @@ class Held:
 
 
 class Meeting(NamedTuple):
-    """One step as it acts at one site, and the layer under which the plan knows that site."""
+    """One step as it acts at one site, and the layer whose vectors it has there; None if any layer has the same."""
 
     held: Held
     step: Step
-    layer: int
+    layer: int | None
 
 
 @dataclass
@@ -58,28 +68,40 @@ class Packed:
     """Site, first entry within the combination, number of entries, :class:`Mode`."""
 
 
-def pack(at_site: dict[int, list[Meeting]], names: tuple[Site, ...]) -> Packed:
-    """The columns of all steps that meet on a row; ``names`` are the program's sites by number.
+def pack(steps: Iterable[tuple[Held, Step]], sites: Sequence[Site]) -> Packed:
+    """The columns of all steps that meet on a row; sites at which the same vectors act share their entries.
 
     Raises:
         PlanError: more than 64 entries on a row, or steps that disagree on ``keep_norm`` or have several controllers.
     """
+    at_site: dict[int, list[Meeting]] = {}
+    for held, step in steps:
+        by_layer = any(None not in edit.rows for edit in step.edits)
+        for number, layer in held.places[step].items():
+            at_site.setdefault(number, []).append(Meeting(held, step, layer if by_layer else None))
     packed = Packed()
-    for number, here in sorted(at_site.items()):
-        first, mode = len(packed.links), _mode(names[number], here)
-        for held, step, layer in here:
-            for edit in step.edits:
-                rows = edit.rows[None if None in edit.rows else layer]
-                scale = step.scale * held.scale
-                _pack_edit(packed, first, edit, rows, held.bank_rows, scale, step.controller is not None)
-        size = len(packed.links) - first
-        if size > MAX_ENTRIES:
-            raise PlanError(
-                f"{names[number]}: plans {who(one.held for one in here)} put {size} entries on one row, "
-                f"allowed are {MAX_ENTRIES}"
-            )
-        packed.spans.append((number, first, size, mode))
+    spans: dict[tuple[Meeting, ...], tuple[int, int, int]] = {}
+    for number in sorted(at_site):
+        here = tuple(at_site[number])
+        if here not in spans:
+            spans[here] = _pack_site(packed, sites[number], here)
+        packed.spans.append((number, *spans[here]))
     return packed
+
+
+def _pack_site(packed: Packed, site: Site, here: Sequence[Meeting]) -> tuple[int, int, int]:
+    """Append the entries of the steps that meet at a site: the first of them, their number and the mode."""
+    first, mode = len(packed.links), _mode(site, here)
+    for held, step, layer in here:
+        for edit in step.edits:
+            rows = edit.rows[None if None in edit.rows else layer]
+            scale = step.scale * held.scale
+            _pack_edit(packed, first, edit, rows, held.bank_rows, scale, step.controller is not None)
+    size = len(packed.links) - first
+    if size > MAX_ENTRIES:
+        names = who(one.held for one in here)
+        raise PlanError(f"{site}: plans {names} put {size} entries on one row, allowed are {MAX_ENTRIES}")
+    return first, size, mode
 
 
 def vectors(edit: Edit) -> dict[int, Tensor]:
@@ -98,7 +120,7 @@ def who(held: Iterable[Held]) -> str:
     return repr("+".join(dict.fromkeys(one.plan.name for one in held)))
 
 
-def _mode(site: Site, here: list[Meeting]) -> int:
+def _mode(site: Site, here: Sequence[Meeting]) -> int:
     """:class:`Mode` of a combination at one site; a step that only reads has no say in it."""
     keep = {step.keep_norm for _, step, _ in here if any(edit.kind != "probe" for edit in step.edits)}
     if len(keep) > 1:
