@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .edits import Edit, Rows
+from .edits import KINDS, Edit, Rows
 from .errors import PlanError
 from .ops.schemas import MAX_ENTRIES, Flag, Mode
 from .plan import Plan
@@ -43,8 +43,6 @@ class Held:
     """Per step, the sites that it reaches: number -> layer as the plan counts it."""
     bank_rows: dict[int, list[int]]
     """``id`` of a :class:`~steerkern.edits.Rows` or Gate of the plan -> bank rows of its vectors."""
-    vectors: tuple[int, ...]
-    """The addresses of those vectors."""
     scale: float = 1.0
     changes: int = 0
     """How often the scale became another."""
@@ -110,11 +108,6 @@ def vectors(edit: Edit) -> dict[int, Tensor]:
     return found if edit.gate is None else {**found, id(edit.gate): edit.gate.unit[None]}
 
 
-def distinct(stacks: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Address -> vector: a vector that several edits share takes one bank row."""
-    return {vector.data_ptr(): vector for stack in stacks for vector in stack}
-
-
 def who(held: Iterable[Held]) -> str:
     """The names of several plans, for a sentence."""
     return repr("+".join(dict.fromkeys(one.plan.name for one in held)))
@@ -132,15 +125,18 @@ def _mode(site: Site, here: Sequence[Meeting]) -> int:
     return int(Mode.KEEP_NORM) if keep == {True} else 0
 
 
+_FLAGS = dict.fromkeys(KINDS, Flag.READ | Flag.WRITE) | {
+    "add": Flag.WRITE,
+    "rotate": Flag.READ | Flag.WRITE | Flag.PAIR,
+    "probe": Flag.READ,
+}
+
+
 def _pack_edit(
     packed: Packed, start: int, edit: Edit, rows: Rows, bank: dict[int, list[int]], scale: float, gained: bool
 ) -> None:
     """Append the entries of an edit to a span that begins at ``start``; mates and gates count from there."""
-    flags = Flag.WRITE if edit.kind != "probe" else Flag(0)
-    if edit.kind != "add":
-        flags |= Flag.READ
-    if edit.kind == "rotate":
-        flags |= Flag.PAIR
+    flags = _FLAGS[edit.kind]
     if gained:
         flags |= Flag.GAINED
     gate, lo, hi = -1, 0.0, 0.0

@@ -22,7 +22,7 @@ from .bank import Bank
 from .entries import Entries
 from .errors import PlanError
 from .ops.schemas import Tables
-from .packing import Combination, Held, Packed, Site, StepKey, distinct, pack, vectors, who
+from .packing import Combination, Held, Packed, Site, StepKey, pack, vectors, who
 from .plan import Plan
 from .steps import Step
 from .vectors import finite
@@ -151,18 +151,20 @@ class Program:
 
     # plans
 
-    def check(self, plan: Plan) -> None:
-        """Raise PlanError if the plan does not fit this model, before anything is changed."""
+    def check(self, plan: Plan) -> dict[Step, dict[int, int]]:
+        """The :meth:`places` of each step; PlanError if the plan does not fit this model."""
         if plan.width != self.width:
             raise PlanError(f"plan {plan.name!r} has width {plan.width}, the model has {self.width}")
+        places = {}
         for step in plan.steps:
             try:
-                self.places(step)
+                places[step] = self.places(step)
                 for decision in step.decisions:
                     for read in decision.reads:
                         self.number(read.layer, read.site)
             except PlanError as error:
                 raise PlanError(f"{error}, plan {plan.name!r}") from None
+        return places
 
     def add(self, plan: Plan) -> None:
         """Hold ``plan`` under its name and put its directions into the bank.
@@ -172,12 +174,9 @@ class Program:
         """
         if plan.name in self._held:
             raise PlanError(f"plan {plan.name!r} is in this session already; remove it or name the new one otherwise")
-        self.check(plan)
+        places = self.check(plan)
         parts = {part: stack for step in plan.steps for edit in step.edits for part, stack in vectors(edit).items()}
-        row = self._bank.hold(distinct(parts.values()), plan.name)
-        rows = {part: [row[vector.data_ptr()] for vector in stack] for part, stack in parts.items()}
-        places = {step: self.places(step) for step in plan.steps}
-        self._held[plan.name] = Held(plan, self._added, places, rows, tuple(row))
+        self._held[plan.name] = Held(plan, self._added, places, self._bank.hold(parts, plan.name))
         self._added += 1
         self.version += 1
 
@@ -187,7 +186,7 @@ class Program:
         steps = {(name, i) for i in range(len(held.plan.steps))}
         for slot in [slot for slot, (key, _) in self._keys.items() if not steps.isdisjoint(key)]:
             self._release(slot)
-        self._bank.drop(held.vectors)
+        self._bank.drop(held.bank_rows)
         del self._held[name]
         self.version += 1
         self._entries.upload()

@@ -375,6 +375,17 @@ def test_a_vector_that_edits_share_takes_one_bank_row() -> None:
     assert len(held._bank.free) == len(set(held._bank.free)) == held.capacity.rows
 
 
+def test_copies_of_a_plan_share_their_rows_until_the_last_of_them_goes() -> None:
+    held = filled(ROOM, [THREE, THREE.named("copy")], [])
+    assert len(held._bank.free) == held.capacity.rows - 3
+    held.remove("p1")
+    held.add(PLANS[6])  # would take the rows if they were free
+    alone = filled(ROOM, [THREE], [])
+    assert torch.equal(effect(held, held.slot([("copy", 0)])), effect(alone, 0))
+    held.remove("copy")
+    assert len(held._bank.free) == held.capacity.rows - 2
+
+
 def test_sites_share_entries_where_the_same_vectors_act_and_only_there() -> None:
     held = filled(ROOM, [ONE], [PLANS[5], Plan(add(V[3]), layers=0, name="first")])
     assert [held.tables(i).span[0].tolist() for i in (0, 2, 4)] == [[0, 1, 0]] * 3
