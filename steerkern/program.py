@@ -13,15 +13,16 @@ long as the generation does, so a slot that was given to somebody else is never 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .bank import Bank
+from .entries import Entries
 from .errors import PlanError
-from .ops.schemas import Field, Link, Tables
-from .packing import Held, Meeting, Packed, Site, distinct, pack, vectors, who
+from .ops.schemas import Tables
+from .packing import Combination, Held, Packed, Site, StepKey, pack, vectors, who
 from .plan import Plan
 from .steps import Step
 from .vectors import finite
@@ -30,17 +31,14 @@ __all__ = ["Capacity", "Held", "Lease", "Program", "Site", "StepKey", "needs"]
 
 
 class Capacity(NamedTuple):
-    """How much a program can hold: slots, entries over all sites and slots, and bank rows."""
+    """How much a program can hold: slots, entries, and bank rows.
+
+    A combination of steps takes an entry for each vector that acts at a site; sites with the same ones share them.
+    """
 
     slots: int = 64
     entries: int = 4096
     rows: int = 256
-
-
-StepKey = tuple[str, int]
-"""A plan's name and the number of the step in it."""
-
-Combination = frozenset[StepKey]
 
 
 class Lease(NamedTuple):
@@ -48,25 +46,6 @@ class Lease(NamedTuple):
 
     slot: int
     generation: int
-
-
-@dataclass
-class Block:
-    """The entries of one combination and the slots that share them."""
-
-    first: int
-    size: int
-    spans: Tensor
-    """``[sites reached, 4]`` int64: site, first entry within the block, number of entries, mode."""
-    slots: set[int] = field(default_factory=set)
-
-
-@dataclass
-class Shared:
-    """A bank row and the number of plans that use it: copies of a plan share their vectors."""
-
-    row: int
-    plans: int = 0
 
 
 class Program:
@@ -94,37 +73,38 @@ class Program:
         self.capacity = capacity = capacity or Capacity()
         if min(capacity) < 1:
             raise ValueError(f"capacity must be at least 1 of each, got {capacity}")
-        self._numbers: dict[tuple[int, str], int] = {site: number for number, site in enumerate(self.sites)}
+        self._numbers: dict[tuple[int, str], int] = {}
+        for number, (layer, name) in enumerate(self.sites):
+            self._numbers[layer, name] = number
+            if name == "resid_pre":  # only the last block's output is a site of its own
+                self._numbers.setdefault((layer - 1, "resid_post"), number)
         self._layers = 1 + max((site.layer for site in self.sites), default=-1)
         self.device = torch.device(device)
-        self._bank = torch.zeros(capacity.rows, width, device=self.device)
-        self._host_links = torch.zeros(len(Link), capacity.entries, dtype=torch.int32)
-        self._host_fields = torch.zeros(len(Field), capacity.entries)
-        self._host_span = torch.zeros(len(self.sites), capacity.slots, 3, dtype=torch.int32)
-        host = (self._host_links, self._host_fields, self._host_span)
-        self._links, self._fields, self._span = (t.to(self.device) for t in host)
+        self._bank = Bank(capacity.rows, width, self.device)
+        self._entries = Entries(len(self.sites), capacity.slots, capacity.entries, self.device)
         self.gain = torch.ones(len(self.sites), capacity.slots, device=self.device)
         """``[sites, S]`` float32: what a controller writes."""
         self.version = 0
         """Counts the changes after which a row map made before may name slots that mean something else."""
         self._held: dict[str, Held] = {}
+        self._added = 0
         self._slots: dict[tuple[Combination, Hashable], int] = {}
         self._keys: dict[int, tuple[Combination, Hashable]] = {}
-        self._blocks: dict[Combination, Block] = {}
         self._gains: dict[Hashable, Tensor] = {}  # owner -> [sites]
         self._generation = [0] * capacity.slots
         self._used = [0] * capacity.slots
         self._epoch = 1
         self._free_slots = list(range(capacity.slots - 1, -1, -1))
-        self._free_rows = list(range(capacity.rows - 1, -1, -1))
-        self._shared: dict[int, Shared] = {}  # address of a vector -> its bank row
-        self._filled = 0  # entries in use: 0.._filled-1
-        self.entries_per_row = 0
-        """Most entries that any slot holds at one site."""
 
     def tables(self, site: int) -> Tables:
         """The tables as site number ``site`` reads them; addresses never change."""
-        return Tables(self._bank, self._links, self._fields, self._span[site], self.gain[site])
+        held = self._entries
+        return Tables(self._bank.table, held.links, held.fields, held.span[site], self.gain[site])
+
+    @property
+    def entries_per_row(self) -> int:
+        """Most entries that any slot holds at one site."""
+        return self._entries.longest
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -154,11 +134,14 @@ class Program:
         """Numbers of the sites that a step writes; PlanError as for :meth:`places`."""
         return tuple(self.places(step))
 
+    def steers(self, site: Site) -> bool:
+        """Whether some plan that is held acts at a site."""
+        number = self._numbers.get(site)
+        return any(number in places for held in self._held.values() for places in held.places.values())
+
     def number(self, layer: int, name: str) -> int:
         """The number of a site; PlanError if the model has no such one."""
         found = self._numbers.get((layer, name))
-        if found is None and name == "resid_post":
-            found = self._numbers.get((layer + 1, "resid_pre"))  # only the last block's output is a site of its own
         if found is not None:
             return found
         if layer >= self._layers:
@@ -168,18 +151,20 @@ class Program:
 
     # plans
 
-    def check(self, plan: Plan) -> None:
-        """Raise PlanError if the plan does not fit this model, before anything is changed."""
+    def check(self, plan: Plan) -> dict[Step, dict[int, int]]:
+        """The :meth:`places` of each step; PlanError if the plan does not fit this model."""
         if plan.width != self.width:
             raise PlanError(f"plan {plan.name!r} has width {plan.width}, the model has {self.width}")
+        places = {}
         for step in plan.steps:
             try:
-                self.places(step)
+                places[step] = self.places(step)
                 for decision in step.decisions:
                     for read in decision.reads:
                         self.number(read.layer, read.site)
             except PlanError as error:
                 raise PlanError(f"{error}, plan {plan.name!r}") from None
+        return places
 
     def add(self, plan: Plan) -> None:
         """Hold ``plan`` under its name and put its directions into the bank.
@@ -189,19 +174,10 @@ class Program:
         """
         if plan.name in self._held:
             raise PlanError(f"plan {plan.name!r} is in this session already; remove it or name the new one otherwise")
-        self.check(plan)
+        places = self.check(plan)
         parts = {part: stack for step in plan.steps for edit in step.edits for part, stack in vectors(edit).items()}
-        wanted = distinct(parts.values())
-        new, free = wanted.keys() - self._shared.keys(), len(self._free_rows)
-        if len(new) > free:
-            raise PlanError(f"plan {plan.name!r} needs {len(new)} bank rows, {free} of {self.capacity.rows} are free")
-        for address, vector in wanted.items():
-            if address in new:
-                self._shared[address] = Shared(self._free_rows.pop())
-                self._bank[self._shared[address].row].copy_(vector)
-            self._shared[address].plans += 1
-        rows = {part: [self._shared[vector.data_ptr()].row for vector in stack] for part, stack in parts.items()}
-        self._held[plan.name] = Held(plan, rows, frozenset(wanted))
+        self._held[plan.name] = Held(plan, self._added, places, self._bank.hold(parts, plan.name))
+        self._added += 1
         self.version += 1
 
     def remove(self, name: str) -> None:
@@ -210,13 +186,10 @@ class Program:
         steps = {(name, i) for i in range(len(held.plan.steps))}
         for slot in [slot for slot, (key, _) in self._keys.items() if not steps.isdisjoint(key)]:
             self._release(slot)
-        for address in held.vectors:
-            self._shared[address].plans -= 1
-            if not self._shared[address].plans:
-                self._free_rows.append(self._shared.pop(address).row)
+        self._bank.drop(held.bank_rows)
         del self._held[name]
         self.version += 1
-        self._upload()
+        self._entries.upload()
 
     def set_scale(self, name: str, scale: float) -> None:
         """Multiply everything the plan adds to a row by ``scale`` (1 is the plan as written), from now on.
@@ -235,11 +208,10 @@ class Program:
         held.changes += number != held.scale
         held.scale = number
         steps = {(name, i) for i in range(len(held.plan.steps))}
-        for key, block in self._blocks.items():
+        for key in self._entries.blocks:
             if not steps.isdisjoint(key):
-                here = slice(block.first, block.first + block.size)
-                self._host_fields[:, here] = torch.tensor(self._pack(key).fields).T
-        self._upload()
+                self._entries.rewrite(key, self._pack(key))
+        self._entries.upload()
 
     def get(self, name: str) -> Held:
         """What is held under a name; PlanError if nothing is."""
@@ -293,9 +265,10 @@ class Program:
     def set_gains(self, owners: Sequence[Hashable], gains: Tensor) -> None:
         """Give each owner his gains ``[sites, len(owners)]``; a device operation, without waiting for it."""
         columns = gains.to(self.gain.device, torch.float32)
-        for i, owner in enumerate(owners):
+        column = {owner: i for i, owner in enumerate(owners)}
+        for owner, i in column.items():
             self._gains[owner] = columns[:, i]
-        at = [(slot, column) for column, owner in enumerate(owners) for slot in self._slots_of(owner)]
+        at = [(slot, column[owner]) for slot, (_, owner) in self._keys.items() if owner in column]
         if at:
             slots, sources = torch.tensor(at).T
             self.gain[:, slots.to(self.gain.device)] = columns[:, sources.to(columns.device)]
@@ -308,58 +281,40 @@ class Program:
                 self._release(slot)
         for owner in leaving:
             self._gains.pop(owner, None)
-        self._upload()
+        self._entries.upload()
 
     def probe_columns(self, number: int, slot: int, name: str) -> list[int]:
         """Where a plan's probes stand among the entries of a slot at site ``number``."""
         columns: list[int] = []
         at = 0
         for held, step in self._steps(self._keys[slot][0]):
-            if number in self.places(step):
+            if number in held.places[step]:
                 for edit in step.edits:
                     if edit.kind == "probe" and held.plan.name == name:
                         columns += range(at + (edit.gate is not None), at + edit.entries)
                     at += edit.entries
         return columns
 
-    def _slots_of(self, owner: Hashable) -> list[int]:
-        return [slot for slot, (_, mine) in self._keys.items() if mine == owner]
-
     def _steps(self, key: Combination) -> list[tuple[Held, Step]]:
         """The steps of a slot in the order of the plans, which fixes the order of its entries."""
-        order = {name: i for i, name in enumerate(self._held)}
-        for name, _ in key:
-            self.get(name)
-        ordered = sorted(key, key=lambda k: (order[k[0]], k[1]))
-        return [(self._held[name], self._held[name].plan.steps[i]) for name, i in ordered]
+        keyed = sorted((self.get(name).number, i, self.get(name)) for name, i in key)
+        return [(held, held.plan.steps[i]) for _, i, held in keyed]
 
     def _pack(self, key: Combination) -> Packed:
-        at_site: dict[int, list[Meeting]] = {}
-        for held, step in self._steps(key):
-            for number, layer in self.places(step).items():
-                at_site.setdefault(number, []).append(Meeting(held, step, layer))
-        return pack(at_site, self.sites)
+        return pack(self._steps(key), self.sites)
 
     def _allocate(self, key: Combination, owner: Hashable) -> int:
-        packed = None if key in self._blocks else self._pack(key)
+        packed = None if key in self._entries.blocks else self._pack(key)
         self._make_room(key, 0 if packed is None else len(packed.links))
-        if key not in self._blocks:  # never was, or went with the slot that made room
-            packed = packed or self._pack(key)
-            first, size = self._filled, len(packed.links)
-            self._host_links[:, first : first + size] = torch.tensor(packed.links, dtype=torch.int32).T
-            self._host_fields[:, first : first + size] = torch.tensor(packed.fields).T
-            self._blocks[key] = Block(first, size, torch.tensor(packed.spans))
-            self._filled += size
-        block = self._blocks[key]
+        if key not in self._entries.blocks:  # never was, or went with the slot that made room
+            self._entries.append(key, packed or self._pack(key))
         slot = self._free_slots.pop()
-        numbers, starts, counts, modes = block.spans.T
-        self._host_span[numbers, slot] = torch.stack([block.first + starts, counts, modes], 1).int()
+        self._entries.point(slot, key)
         self.gain[:, slot] = self._gains.get(owner, 1.0)
         self._slots[key, owner] = slot
         self._keys[slot] = key, owner
-        block.slots.add(slot)
         self._generation[slot] += 1
-        self._upload()
+        self._entries.upload()
         return slot
 
     def _make_room(self, key: Combination, size: int) -> None:
@@ -367,49 +322,29 @@ class Program:
 
         Nothing is released if that would not be enough.
         """
-        held = self.capacity.entries - self._filled
-        if self._free_slots and size <= held:
+        room = self._entries.room
+        if self._free_slots and size <= room:
             return
         idle = sorted((s for s in self._keys if self._used[s] < self._epoch), key=lambda s: self._used[s])
         unused = set(idle)
-        blocks = [b for k, b in self._blocks.items() if k != key and b.slots <= unused]
+        blocks = [b for k, b in self._entries.blocks.items() if k != key and b.slots <= unused]
         names = who(one for one, _ in self._steps(key))
         if not self._free_slots and not idle:
             raise PlanError(f"plans {names} need a slot, all {self.capacity.slots} are taken")
-        if size > held + sum(b.size for b in blocks):
-            raise PlanError(f"plans {names} need {size} entries, {held} of {self.capacity.entries} are free")
-        while not self._free_slots or size > self.capacity.entries - self._filled:
+        if size > room + sum(b.size for b in blocks):
+            raise PlanError(f"plans {names} need {size} entries, {room} of {self.capacity.entries} are free")
+        while not self._free_slots or size > self._entries.room:
             slot = next(s for s in idle if s in self._keys and (self._keys[s][0] != key or not self._free_slots))
             self._release(slot)
 
     def _release(self, slot: int) -> None:
-        """Give a slot back; with its last slot a block of entries goes, and the gap that it leaves is closed."""
+        """Give a slot back."""
         key, owner = self._keys.pop(slot)
         del self._slots[key, owner]
-        block = self._blocks[key]
-        block.slots.remove(slot)
-        self._host_span[:, slot] = 0
+        self._entries.clear(slot, key)
         self._generation[slot] += 1
         self._free_slots.append(slot)
         self.version += 1
-        if block.slots:
-            return
-        del self._blocks[key]
-        first, size = block.first, block.size
-        for table in (self._host_links, self._host_fields):
-            table[:, first : self._filled - size] = table[:, first + size : self._filled].clone()
-        start = self._host_span[..., 0]
-        start -= size * (start > first).int()
-        for other in self._blocks.values():
-            other.first -= size if other.first > first else 0
-        self._filled -= size
-
-    def _upload(self) -> None:
-        here = slice(0, self._filled)  # nothing points beyond
-        self._links[:, here].copy_(self._host_links[:, here])
-        self._fields[:, here].copy_(self._host_fields[:, here])
-        self._span.copy_(self._host_span)
-        self.entries_per_row = int(self._host_span[..., 1].max()) if self._host_span.numel() else 0
 
 
 def needs(plans: Iterable[Plan], sites: Sequence[Site]) -> Capacity:

@@ -58,8 +58,10 @@ def state(program: Program) -> list[Any]:
     """Everything that a refused call must leave as it was, bit for bit."""
     tensors = [t for i in range(len(program.sites)) for t in program.tables(i)]
     held = {name: (held.plan, held.scale, dict(held.bank_rows)) for name, held in program._held.items()}
-    free = (list(program._free_slots), list(program._free_rows), program._filled, program.entries_per_row)
-    return [*(t.clone() for t in tensors), held, dict(program._slots), dict(program._blocks), free]
+    entries = program._entries
+    blocks = {key: (block.first, block.size, set(block.slots)) for key, block in entries.blocks.items()}
+    free = (list(program._free_slots), list(program._bank.free), entries.filled, program.entries_per_row)
+    return [*(t.clone() for t in tensors), held, dict(program._slots), blocks, free]
 
 
 def same(before: list[Any], after: list[Any]) -> bool:
@@ -183,7 +185,7 @@ def many(count: int, name: str, layers: Any = "all") -> Plan:
 
 
 ROOM = Capacity(9, 999, 99)
-ONE, THREE = PLANS[0], PLANS[1]  # 1 row, 3 entries; 3 rows, 6 entries
+ONE, THREE = PLANS[0], PLANS[1]  # 1 vector at three sites; 3 vectors at two of these
 REFUSED: dict[str, tuple[Program, Callable[[Program], object], str]] = {
     "slots": (
         filled(Capacity(1, 99, 99), [ONE], [THREE]),
@@ -191,9 +193,9 @@ REFUSED: dict[str, tuple[Program, Callable[[Program], object], str]] = {
         "^plans 'p1' need a slot, all 1 are taken$",
     ),
     "entries": (
-        filled(Capacity(9, 11, 99), [ONE], [THREE]),
-        lambda p: p.slot(keys(ONE, THREE)),
-        "^plans 'p0[+]p1' need 9 entries, 8 of 11 are free$",
+        filled(Capacity(9, 5, 99), [ONE], [THREE]),
+        lambda p: p.slot(keys(ONE, THREE)),  # both at two sites, one at the third
+        "^plans 'p0[+]p1' need 5 entries, 4 of 5 are free$",
     ),
     "rows": (
         filled(Capacity(9, 99, 3), [ONE], []),
@@ -266,9 +268,9 @@ def test_a_program_that_can_hold_nothing_is_refused(capacity: Capacity) -> None:
 
 
 def test_tables_filled_to_the_last_place() -> None:
-    held = filled(Capacity(2, 9, 4), [ONE, THREE], [])
+    held = filled(Capacity(2, 4, 4), [ONE, THREE], [])
     assert torch.equal(effect(held, 1), effect(filled(ROOM, [THREE], []), 0))
-    assert (held._filled, held._free_rows, held._free_slots) == (9, [], [])
+    assert (held._entries.room, held._bank.free, held._free_slots) == (0, [], [])
 
 
 def test_64_entries_from_several_plans_are_allowed() -> None:
@@ -328,13 +330,15 @@ def test_rows_entries_and_slots_are_used_again_without_a_trace_of_the_old_plan()
 
 def test_entries_left_in_pieces_can_be_filled_by_a_larger_plan() -> None:
     held = program(Capacity(9, 24, 99))
+    small = Plan(add({layer: V[layer] for layer in range(LAYERS)}))
     for i in range(8):  # 3 entries each
-        held.add(ONE.named(f"small {i}"))
+        held.add(small.named(f"small {i}"))
         held.slot([(f"small {i}", 0)])
+    assert held._entries.room == 0
     before = effect(held, held.slot([("small 1", 0)]))
     for i in (0, 2, 4, 6):
         held.remove(f"small {i}")
-    large = many(4, "large")  # 12 entries, 4 at each site, where no gap has more than 3
+    large = many(12, "large", layers=0)  # where no gap has more than 3
     held.add(large)
     slot = held.slot(keys(large))
     assert torch.equal(effect(held, slot), effect(filled(ROOM, [large], []), 0))
@@ -366,9 +370,38 @@ def test_a_vector_that_edits_share_takes_one_bank_row() -> None:
     edit = ablate(V[0]).when(V[1], lo=0)
     held = program()
     held.add(Plan(edit, scope="prompt", name="a") + Plan(edit, scope="decode", scale=2.0, name="b"))
-    assert len(held._free_rows) == held.capacity.rows - 2
+    assert len(held._bank.free) == held.capacity.rows - 2
     held.remove("a+b")
-    assert len(held._free_rows) == len(set(held._free_rows)) == held.capacity.rows
+    assert len(held._bank.free) == len(set(held._bank.free)) == held.capacity.rows
+
+
+def test_copies_of_a_plan_share_their_rows_until_the_last_of_them_goes() -> None:
+    held = filled(ROOM, [THREE, THREE.named("copy")], [])
+    assert len(held._bank.free) == held.capacity.rows - 3
+    held.remove("p1")
+    held.add(PLANS[6])  # would take the rows if they were free
+    alone = filled(ROOM, [THREE], [])
+    assert torch.equal(effect(held, held.slot([("copy", 0)])), effect(alone, 0))
+    held.remove("copy")
+    assert len(held._bank.free) == held.capacity.rows - 2
+
+
+def test_sites_share_entries_where_the_same_vectors_act_and_only_there() -> None:
+    held = filled(ROOM, [ONE], [PLANS[5], Plan(add(V[3]), layers=0, name="first")])
+    assert [held.tables(i).span[0].tolist() for i in (0, 2, 4)] == [[0, 1, 0]] * 3
+    meeting = held.slot([*keys(ONE), ("first", 0)])
+    assert [held.tables(i).span[meeting].tolist() for i in (0, 2, 4)] == [[1, 2, 0], [3, 1, 0], [3, 1, 0]]
+    by_layer = held.slot(keys(PLANS[5]))
+    assert [held.tables(i).span[by_layer].tolist() for i in (2, 4)] == [[4, 1, 1], [5, 1, 1]]
+    assert held._entries.filled == 6
+
+
+def test_steers_says_of_a_site_whether_a_plan_acts_there() -> None:
+    held = filled(ROOM, [], [PLANS[4], PLANS[5]])
+    assert [i for i, site in enumerate(SITES) if held.steers(site)] == [0, 2, 3, 4]
+    assert not held.steers(Site(LAYERS, "resid_pre"))
+    held.remove(PLANS[4].name)
+    assert [i for i, site in enumerate(SITES) if held.steers(site)] == [2, 4]
 
 
 def test_only_what_is_needed_is_read_and_written() -> None:
@@ -386,10 +419,10 @@ class Comings(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = program(Capacity(slots=4, entries=30, rows=12))
+        self.held = program(Capacity(slots=4, entries=14, rows=12))
         # as on a GPU: the tables that a kernel reads are not the host's
-        for name in ("_links", "_fields", "_span"):
-            setattr(self.held, name, getattr(self.held, name).clone())
+        for name in ("links", "fields", "span"):
+            setattr(self.held._entries, name, getattr(self.held._entries, name).clone())
         self.places = addresses(self.held)
         self.scales: dict[str, float] = {}
         self.slots: dict[frozenset[tuple[str, int]], int] = {}
@@ -450,16 +483,17 @@ class Comings(RuleBasedStateMachine):
             assert all(int(self.held.tables(i).span[slot].abs().max()) == 0 for i in range(len(SITES)))
         assert addresses(self.held) == self.places
         spans = torch.stack([self.held.tables(i).span for i in range(len(SITES))])
-        assert self.held._filled == int(spans[..., 1].sum())
+        used = {e for first, count, _ in spans.reshape(-1, 3).tolist() for e in range(first, first + count)}
+        assert used == set(range(self.held._entries.filled))
         assert self.held.entries_per_row == int(spans[..., 1].max())
 
     def teardown(self) -> None:
         for name in list(self.scales):
             self.held.remove(name)
-        fresh = program(Capacity(slots=4, entries=30, rows=12))
-        assert sorted(self.held._free_rows) == sorted(fresh._free_rows)
+        fresh = program(Capacity(slots=4, entries=14, rows=12))
+        assert sorted(self.held._bank.free) == sorted(fresh._bank.free)
         assert sorted(self.held._free_slots) == sorted(fresh._free_slots)
-        assert self.held._filled == 0
+        assert self.held._entries.filled == 0
 
 
 TestComings = Comings.TestCase

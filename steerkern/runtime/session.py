@@ -231,9 +231,7 @@ class Session:
             self._calls.close()
 
     def _edits_input(self) -> bool:
-        first = [n for n, site in enumerate(self._program.sites) if site == (0, "resid_pre")]
-        steps = [step for plan in self._program.plans for step in plan.steps]
-        return any(number in self._program.reach(step) for number in first for step in steps)
+        return self._program.steers(Site(0, "resid_pre"))
 
     def _hold(self, plan: Plan) -> None:
         _check_plan(plan)
