@@ -1,4 +1,7 @@
-"""One thread and no gradients for every benchmark, and what a result is worth nothing without: device, versions, load, commit."""
+"""One thread and no gradients for every benchmark, and what a result is worth nothing without.
+
+That is device, versions, load and commit.
+"""
 
 import os
 import platform

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SHARE, LEAST = 6, 3
+SHARE, LEAST = 8, 3
 """A short look takes one round in so many, and at least so many."""
 
 

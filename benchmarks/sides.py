@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -75,3 +76,9 @@ def independent(model: LlamaForCausalLM, inputs: dict[str, Any], plans: list[sk.
     for row in {0, rows - 1}:
         assert torch.equal(together[row], logits([names[row]] * rows)[row]), row
     assert not torch.equal(together[-1], logits([plans[0].name] * rows)[-1])
+
+
+def against_itself(benchmark: Any) -> float:
+    """The noise of rounds that time one thing alone: the median of every other round over that of the rest."""
+    seconds = benchmark.stats.stats.data
+    return round(statistics.median(seconds[1::2]) / statistics.median(seconds[::2]), 3)

@@ -105,7 +105,13 @@ def _no_kernels() -> str:
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("ops", "the fused op", ("test_ops.py",), few="1-2048-1 or 64-2048-4 or 2048-bf16", missing=_no_kernels),
+        Suite(
+            "ops",
+            "the fused op",
+            ("test_ops.py",),
+            few="1-2048-1 or 64-2048-4 or 2048-bf16 or norm-1-",
+            missing=_no_kernels,
+        ),
         Suite("attach", "attach, detach, memory", ("test_attach.py",)),
         Suite("swap", "row maps, changes of plans", ("test_swap.py",), few="8-256 or swap-0"),
         Suite("decode", "decoding", ("test_decode.py",), few="9M-fp32-1]", missing=_no_kernels),

@@ -134,7 +134,7 @@ def test_peer(benchmark: Any, name: str, kind: Kind, batch: int) -> None:
     rows = edits(peer, kind, batch)
     reason = missing(peer, batch) or failure(peer, rows, batch)
     if reason:
-        return not_run(benchmark, peer, reason, INSTALL)
+        return not_run(benchmark, peer, reason, "" if peer.version else INSTALL)
     found = verdict(peer, kind)
     with peer.steer(copy.deepcopy(stock()), rows) as steered:
         benchmark.extra_info |= measure(steered, batch)

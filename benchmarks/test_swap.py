@@ -17,6 +17,7 @@ import torch
 import steerkern as sk
 from benchmarks import effort
 from benchmarks.shapes import random_llama
+from benchmarks.sides import against_itself
 
 GOAL_US, GOAL_MS = 20.0, 1.0
 STEPS = 200
@@ -56,6 +57,7 @@ def test_row_map_of_a_decode_step(benchmark: Any, rows: int, plans: int) -> None
         forward(1)
         benchmark.pedantic(lambda: forward(1), iterations=50, rounds=effort.rounds(STEPS), warmup_rounds=10)
         session.receipt()
+    benchmark.extra_info["again"] = against_itself(benchmark)
     empty = statistics.median(
         _seconds(lambda: torch.zeros(rows, 1, dtype=torch.long)) for _ in range(effort.rounds(STEPS))
     )
@@ -100,5 +102,5 @@ def test_change_between_decode_steps(benchmark: Any, change: str, others: int) -
 
         run = {"scale": scale, "add and remove": add_and_remove, "swap": swap}[change]
         benchmark.pedantic(run, rounds=effort.rounds(STEPS), warmup_rounds=5)
-    benchmark.extra_info["goal_ms"] = GOAL_MS
+    benchmark.extra_info |= {"goal_ms": GOAL_MS, "again": against_itself(benchmark)}
     print(f"\n{change} beside {others} plans: {1e3 * benchmark.stats.stats.median:.2f} ms, goal {GOAL_MS}")

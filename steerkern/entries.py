@@ -13,9 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from .ops.schemas import Field, Link
-from .packing import Packed, StepKey
-
-Combination = frozenset[StepKey]
+from .packing import Combination, Packed
 
 
 @dataclass

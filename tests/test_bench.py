@@ -190,7 +190,7 @@ def test_a_short_look_is_shorter(monkeypatch):
     assert (effort.rounds(30), effort.seconds(3.0), effort.warmup()) == (30, 3.0, 2)
     assert 7 <= effort.rounds_within(0.0, lambda: None, 2) <= 25
     monkeypatch.setenv("STEERKERN_BENCH_QUICK", "1")
-    assert (effort.rounds(30), effort.seconds(3.0), effort.warmup()) == (5, 0.5, 1)
+    assert (effort.rounds(32), effort.seconds(4.0), effort.warmup()) == (4, 0.5, 1)
     assert effort.rounds(6) == effort.LEAST
 
 

@@ -64,7 +64,7 @@ def test_noise_beyond_three_per_cent_is_the_first_line(tmp_path, again, noisy):
     row = {
         "tokens_per_second": {"stock": 100.0, "stock again": 100.0 * again},
         "speedup_over_stock_quartiles": {"stock again": [again - 0.1, again, again + 0.1], "hook": [0.8, 0.9, 0.95]},
-        "goal": None,
+        "goals": {"hook": 1.1, "stock again": 0.5},
     }
     (table,) = tables.everything(written(tmp_path, "decode", **{"test_decode[9M-bf16-8]": row}))
     page = table.to_markdown().splitlines()
@@ -74,6 +74,7 @@ def test_noise_beyond_three_per_cent_is_the_first_line(tmp_path, again, noisy):
         assert f"{again:.2f} (9M, bf16, 8)" in page[2]
     assert "| 9M | bf16 | 8 | 100 |" in table.to_markdown()
     assert "0.90 (0.80 to 0.95)" in table.to_markdown(), "losses are printed like wins"
+    assert "hook >= 1.10: missed; stock again >= 0.50: met" in table.to_markdown()
     assert "2026-01-02, commit 0123456, load 0.5 to 1.0, a quick run" in table.note
 
 
@@ -82,6 +83,12 @@ def test_noise_of_an_op(tmp_path):
     record = records.read(written(tmp_path, "ops", **{"test_against[1-2-bf16]": row}), "ops")
     assert record is not None
     assert record.noise() == (1.2, "1, 2, bf16")
+
+
+def test_goals_of_an_op_are_met_or_missed(tmp_path):
+    row = {"k1": 1.04, "k16": 1.4, "again": 1.0, "goals": {"k1": "<= 1.05", "k16": "<= 1.3"}}
+    (table,) = tables.everything(written(tmp_path, "ops", **{"test_cost[1-bf16]": row}))
+    assert "k1 <= 1.05: met; k16 <= 1.3: missed" in table.to_markdown()
 
 
 def test_peers_that_ran_and_peers_that_did_not(tmp_path):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 __all__ = ["register", "routes"]
 
+
 def register() -> None:
     """Put the hooks into vLLM's classes, once per process."""
     from . import hooks
