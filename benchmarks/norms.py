@@ -67,10 +67,14 @@ def ablation(k: int, width: int, plans: int = 1) -> Tables:
 def gate(h: Tensor, fused: Callable[[Tensor], Tensor], tables: Tables, slot: Tensor | None, weight: Tensor) -> None:
     """The fused op must agree with the reference before it is timed."""
     edited = h.clone()
-    y = fused(edited)
+    close((edited, fused(edited)), h, tables, slot, weight)
+
+
+def close(found: tuple[Tensor, Tensor], h: Tensor, tables: Tables, slot: Tensor | None, weight: Tensor) -> None:
+    """What was made of rows ``h [N, H]``, edited and normalised, must agree with the reference."""
     wanted, own = reference.steer(h, slot, tables, weight, None, EPS, Norm.LLAMA)
     assert own is not None
     step, terms = torch.finfo(h.dtype).eps, float(tables.span[:, 1].max())
     near = step * terms**0.5  # each term of a lift is of order 1 and may be rounded the other way
-    torch.testing.assert_close(edited, wanted, rtol=2 * step, atol=near)
-    torch.testing.assert_close(y, own, rtol=4 * step, atol=2 * near)
+    torch.testing.assert_close(found[0], wanted, rtol=2 * step, atol=near)
+    torch.testing.assert_close(found[1], own, rtol=4 * step, atol=2 * near)

@@ -142,7 +142,7 @@ def reading(folder: Path) -> Table | None:
 
 def ops(folder: Path) -> Table | None:
     """The fused op against what it replaces, and against a copy of as many bytes."""
-    note = "Against an eager hook and norm, our own unsteered kernel, and a copy of as many bytes."
+    note = "Against an eager hook and norm, the same compiled, our own unsteered kernel, and a copy of as many bytes."
     return _ratios("ops", "The fused op", records.read(folder, "ops"), note)
 
 

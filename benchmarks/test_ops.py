@@ -7,7 +7,9 @@ slow, everything fails for being wrong.
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -15,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import effort
-from benchmarks.norms import EPS, Fused, RMSNorm, ablation, gate
+from benchmarks.norms import EPS, Fused, RMSNorm, ablation, close, gate
 from steerkern.ops import cpu
 from steerkern.ops.schemas import Norm
 
@@ -97,6 +100,28 @@ def test_against_eager_hook_and_norm(benchmark: Any, n: int, width: int, k: int,
     goals = {"speedup": ">= 8"} if n == 1 and dtype == torch.bfloat16 else None
     ratios = {"speedup": ("hook and norm", "fused"), "over_unsteered": ("unsteered norm", "fused")}
     record(benchmark, sides["fused"], sides, goals, **ratios)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("n", [1, 64, 2048])
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_against_compile(benchmark: Any, n: int, dtype: torch.dtype) -> None:
+    """The same edit and norm as one graph of torch.compile, which knows every shape and returns new tensors."""
+    torch.manual_seed(1)
+    width = 2048
+    h, weight = torch.randn(n, width).to(dtype), torch.rand(width).to(dtype)
+    tables, slot = ablation(1, width), torch.zeros(n, dtype=torch.int32)
+    fused, norm, rows = Fused(weight, tables, slot), RMSNorm(weight), tables.bank.to(dtype)
+
+    def edit_and_norm(h: Tensor) -> tuple[Tensor, Tensor]:
+        h = h - (h @ rows.T) @ rows
+        return h, norm(h)
+
+    compiled = torch.compile(edit_and_norm, fullgraph=True, dynamic=False)
+    gate(h, fused, tables, slot, weight)
+    close(compiled(h), h, tables, slot, weight)
+    sides = {"fused": lambda: fused(h), "compiled": lambda: compiled(h), "eager": lambda: edit_and_norm(h)}
+    record(benchmark, sides["fused"], sides, speedup=("compiled", "fused"), eager_over_compiled=("eager", "compiled"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
