@@ -224,17 +224,16 @@ def _speedups(name: str, title: str, record: Record | None, parameters: Sequence
 
 
 def _ratios(name: str, title: str, record: Record | None, note: str) -> Table | None:
-    """A row per case with every ratio that it has."""
+    """A row per case with every ratio that it has, by pairs within turns: median (quartiles)."""
     if record is None:
         return None
     body: list[Row] = []
     for benchmark, row in record.rows.items():
-        ratios = {key.replace("_", " "): value for key, value in row.items() if isinstance(value, float)}
-        ratios.pop("median ms", None)
-        ratios |= {side: found[1] for side, found in row.get("speedup_over_stock_quartiles", {}).items()}
+        found = row.get("ratio_quartiles") or row.get("speedup_over_stock_quartiles", {})
         shown = benchmark.partition("[")[0].removeprefix("test_").replace("_", " ")
-        text = "; ".join(f"{key} {value:.3g}" for key, value in ratios.items())
-        bounds = {key: (row[key], bound) for key, bound in row.get("goals", {}).items()}
+        text = "; ".join(f"{key.replace('_', ' ')} {quartiles(value, '.3g')}" for key, value in found.items())
+        text += f"; again {row['again']:.3g}" if "again" in row else ""
+        bounds = {key: (found[key][1], bound) for key, bound in row.get("goals", {}).items()}
         goals = "; ".join(f"{key.replace('_', ' ')} {b}: {records.verdict(v, b)}" for key, (v, b) in bounds.items())
         body.append({"case": f"{shown}: {records.case(benchmark)}", "ratios": text, "goals": goals or None})
     columns = [Column("case", "case"), Column("ratios", "ratios")]

@@ -86,8 +86,10 @@ def test_noise_of_an_op(tmp_path):
 
 
 def test_goals_of_an_op_are_met_or_missed(tmp_path):
-    row = {"k1": 1.04, "k16": 1.4, "again": 1.0, "goals": {"k1": "<= 1.05", "k16": "<= 1.3"}}
+    found = {"k1": [1.0, 1.04, 1.1], "k16": [1.2, 1.4, 1.5]}
+    row = {"ratio_quartiles": found, "again": 1.0, "goals": {"k1": "<= 1.05", "k16": "<= 1.3"}}
     (table,) = tables.everything(written(tmp_path, "ops", **{"test_cost[1-bf16]": row}))
+    assert "k1 1.04 (1 to 1.1); k16 1.4 (1.2 to 1.5); again 1" in table.to_markdown()
     assert "k1 <= 1.05: met; k16 <= 1.3: missed" in table.to_markdown()
 
 
