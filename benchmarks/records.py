@@ -20,7 +20,7 @@ class Record:
     commit: str
     date: str
     rows: Mapping[str, Mapping[str, Any]]
-    """``extra_info`` by benchmark name, with ``median_ms`` of the benchmark itself."""
+    """``extra_info`` by benchmark name, with ``quartiles_ms`` of the benchmark itself."""
 
     def noise(self) -> tuple[float, str] | None:
         """Where stock against stock was furthest from 1: the ratio and the case; None if nothing says so."""
@@ -77,7 +77,7 @@ def read(folder: Path, *suites: str) -> Record | None:
         return None
     first = documents[0]
     benchmarks = [benchmark for document in documents for benchmark in document["benchmarks"]]
-    rows = {b["name"]: {**b["extra_info"], "median_ms": 1e3 * b["stats"]["median"]} for b in benchmarks}
+    rows = {b["name"]: {**b["extra_info"], "quartiles_ms": _milliseconds(b["stats"])} for b in benchmarks}
     return Record(first["machine_info"], first["commit_info"]["id"], first["datetime"], rows)
 
 
@@ -98,6 +98,10 @@ def quartiles(found: Sequence[float], form: str = ".2f") -> str:
     """First quartile, median and third quartile for a person."""
     low, median, high = found
     return f"{median:{form}} ({low:{form}} to {high:{form}})"
+
+
+def _milliseconds(stats: Mapping[str, float]) -> list[float]:
+    return [1e3 * stats[name] for name in ("q1", "median", "q3")]
 
 
 def _again(row: Mapping[str, Any]) -> Iterator[float]:

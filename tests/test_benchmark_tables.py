@@ -9,6 +9,7 @@ import pytest
 from benchmarks import pictures, records, tables
 from steerkern.plots import Bars, Panel
 
+TIMES = {"q1": 0.001, "median": 0.002, "q3": 0.003}
 README = (tables.ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -18,7 +19,7 @@ def written(folder, suite, **rows):
         "machine_info": {"load": {"before": 0.5, "after": 1.0}, "quick": True},
         "commit_info": {"id": "0123456789abcdef"},
         "datetime": "2026-01-02T03:04:05",
-        "benchmarks": [{"name": n, "extra_info": e, "stats": {"median": 0.002}} for n, e in rows.items()],
+        "benchmarks": [{"name": n, "extra_info": e, "stats": TIMES} for n, e in rows.items()],
     }
     (folder / f"{suite}.json").write_text(json.dumps(document))
     return folder
@@ -91,6 +92,12 @@ def test_goals_of_an_op_are_met_or_missed(tmp_path):
     (table,) = tables.everything(written(tmp_path, "ops", **{"test_cost[1-bf16]": row}))
     assert "k1 1.04 (1 to 1.1); k16 1.4 (1.2 to 1.5); again 1" in table.to_markdown()
     assert "k1 <= 1.05: met; k16 <= 1.3: missed" in table.to_markdown()
+
+
+def test_times_come_with_their_quartiles_and_goals(tmp_path):
+    row = {"goal_ms": 1.5, "again": 1.0}
+    (table,) = tables.everything(written(tmp_path, "swap", **{"test_change_between_decode_steps[swap-0]": row}))
+    assert "| swap a plan, beside 0 others | 2.00 (1.00 to 3.00) ms | <= 1.5 ms: missed |" in table.to_markdown()
 
 
 def test_peers_that_ran_and_peers_that_did_not(tmp_path):
