@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from benchmarks import pictures, records, tables
+from benchmarks import pictures, readme, records, tables
 from steerkern.plots import Bars, Panel
 
 TIMES = {"q1": 0.001, "median": 0.002, "q3": 0.003}
-README = (tables.ROOT / "README.md").read_text(encoding="utf-8")
+README = (readme.ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def written(folder, suite, **rows):
@@ -26,26 +26,26 @@ def written(folder, suite, **rows):
 
 
 def test_readme_is_in_step_with_the_committed_results():
-    before, _, rest = README.partition(tables.BEGIN)
+    before, _, rest = README.partition(readme.BEGIN)
     assert before
-    block, _, after = rest.partition(tables.END)
+    block, _, after = rest.partition(readme.END)
     assert after
-    assert tables.BEGIN + block + tables.END == tables.text(), "python -m benchmarks.tables writes it"
+    assert readme.BEGIN + block + readme.END == readme.text(), "python -m benchmarks.readme writes it"
 
 
 def test_pictures_are_in_step_with_the_committed_results():
     image = pytest.importorskip("PIL.Image")
-    plots = pictures.everything(tables.RESULTS)
+    plots = pictures.everything(readme.RESULTS)
     assert {"scaling-op", "scaling-decode", "roofline"} <= {plot.name for plot in plots}
     for plot in plots:
-        path = tables.RESULTS / "plots" / f"{plot.name}.png"
-        assert image.open(path).text["Source"] == plot.digest(), f"{plot.name}: python -m benchmarks.tables draws it"
-    drawn = {path.stem for path in (tables.RESULTS / "plots").glob("*.png")}
+        path = readme.RESULTS / "plots" / f"{plot.name}.png"
+        assert image.open(path).text["Source"] == plot.digest(), f"{plot.name}: python -m benchmarks.readme draws it"
+    drawn = {path.stem for path in (readme.RESULTS / "plots").glob("*.png")}
     assert drawn == {plot.name for plot in plots}
 
 
 def test_every_committed_result_has_a_table():
-    shown = {table.name for table in tables.everything(tables.RESULTS)}
+    shown = {table.name for table in tables.everything(readme.RESULTS)}
     for suite in ("ops", "decode", "attach", "swap", "serving", "isolation", "scaling", "prefill"):
         assert suite in shown
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import readme, tables
 from benchmarks.gpu.goals import DECODING, GOALS, ONE, SIXTEEN, of_decoding
 from steerkern.report import Table
 
@@ -236,11 +236,11 @@ def test_a_run_that_was_cut_short_or_noisy_says_so_first(results: dict[str, Any]
 
 
 def test_committed_results_appear_in_the_readme(results: dict[str, Any], tmp_path: Path) -> None:
-    shutil.copy(tables.RESULTS / "decode.json", tmp_path)
-    before = tables.text(tmp_path)
+    shutil.copy(readme.RESULTS / "decode.json", tmp_path)
+    before = readme.text(tmp_path)
     assert "GPU" not in before
     found = shown(tmp_path, results)
-    after = tables.text(tmp_path)
+    after = readme.text(tmp_path)
     for name in ("goals", "decode"):
         assert found[f"{name}"].to_markdown() in after
     for title in ("is it right", "the op", "ways of launching", "a call on the host"):
