@@ -9,10 +9,14 @@ before the clock starts.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import LlamaForCausalLM
 
 import steerkern as sk
 from benchmarks import effort
@@ -24,27 +28,36 @@ from steerkern.timing import Contender, ablation_hooks, generate_exactly, interl
 pytestmark = pytest.mark.skipif(bool(backends()["cpu"]), reason=backends()["cpu"] or "-")
 GOALS = {"9M": 1.10, "34M": 1.04, "0.5B": 1.03}
 """At batch 1."""
-TOKENS = {"9M": 16, "34M": 12, "0.5B": 4}
-"""Enough for a session's first step to weigh little; a step of 0.5B at larger batches is long enough by itself."""
+TOKENS = {"9M": {1: 16, 8: 8, 32: 4}, "34M": {1: 12, 8: 6, 32: 3}, "0.5B": {1: 4, 8: 1, 32: 1}}
+"""By batch: enough for a session's first step to weigh little."""
+ROUNDS = {"9M": 7, "34M": 7, "0.5B": 5}
+"""At least so many."""
 SECONDS = {"9M": 14, "34M": 14, "0.5B": 30}
 PLANS = 256
+
+
+@functools.lru_cache(maxsize=1)
+def checked(shape: str, dtype: torch.dtype) -> tuple[LlamaForCausalLM, Tensor]:
+    """A model and 16 directions ``[16, H]``, the first of which is ablated as it should be."""
+    model, generator = random_llama(shape, dtype), torch.Generator().manual_seed(1)
+    vectors = torch.randn(16, model.config.hidden_size, generator=generator)
+    prompt = {"input_ids": torch.randint(3, 500, (1, 16), generator=generator)}
+    correct(model, prompt, sk.Plan(sk.ablate(vectors[0]), name="first"), normalize(vectors[0], dim=0))
+    return model, vectors
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name in GOALS])
 def test_decode(benchmark: Any, shape: str, dtype: torch.dtype, batch: int) -> None:
-    model = random_llama(shape, dtype)
-    width, tokens = model.config.hidden_size, 1 if shape == "0.5B" and batch > 1 else TOKENS[shape]
-    generator = torch.Generator().manual_seed(1)
+    model, vectors = checked(shape, dtype)
+    tokens, generator = TOKENS[shape][batch], torch.Generator().manual_seed(2)
     inputs = {"input_ids": torch.randint(3, 500, (batch, 1), generator=generator)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    vectors = torch.randn(16, width, generator=generator)
     one, four, sixteen = (sk.Plan(sk.ablate(vectors[:k]), name=f"rank {k}") for k in (1, 4, 16))
-    units = torch.randn(PLANS, width, generator=generator)
+    units = torch.randn(PLANS, vectors.shape[1], generator=generator)
     many = [sk.Plan(sk.ablate(v), name=f"plan {i}") for i, v in enumerate(units)]
-    unit = torch.nn.functional.normalize(vectors[0], dim=0)
-    correct(model, {"input_ids": torch.randint(3, 500, (1, 16), generator=generator)}, one, unit)
+    unit = normalize(vectors[0], dim=0)
     independent(model, inputs, many)
 
     def run() -> Any:
@@ -60,7 +73,8 @@ def test_decode(benchmark: Any, shape: str, dtype: torch.dtype, batch: int) -> N
         Contender("steered K=16", run, lambda: sk.steer(model, sixteen)),
         Contender(f"{PLANS} plans", run, lambda: a_plan_each(model, many, batch)),
     ]
-    timings = interleave(contenders, rounds=effort.rounds_within(SECONDS[shape], run, len(contenders)), warmup=1)
+    rounds = effort.rounds_within(SECONDS[shape], run, len(contenders), least=ROUNDS[shape])
+    timings = interleave(contenders, rounds=rounds, warmup=1)
     benchmark.extra_info["tokens_per_second"] = {
         c.name: round(timings.rate(c.name, batch * tokens).median, 2) for c in contenders
     }
