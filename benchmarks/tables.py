@@ -210,7 +210,10 @@ def _speedups(name: str, title: str, record: Record | None, parameters: Sequence
         at |= {"batch": at.get("batch", "1"), "rate": _rate(row["tokens_per_second"]["stock"])}
         at |= {side: quartiles(ratios[side]) for side in ratios}
         bounds = {side: f">= {bound:.2f}" for side, bound in row.get("goals", {}).items()}
-        verdicts = (f"{side} {bound}: {records.verdict(ratios[side][1], bound)}" for side, bound in bounds.items())
+        verdicts = (
+            f"{side} {ratios[side][1]:.3f} {bound}: {records.verdict(ratios[side][1], bound)}"
+            for side, bound in bounds.items()
+        )
         body.append({**at, "goals": "; ".join(verdicts) or None})
     goals = [Column("goals", "goals")] if any(row["goals"] for row in body) else []
     columns = [Column(key, key) for key in parameters]

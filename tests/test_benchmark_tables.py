@@ -75,7 +75,7 @@ def test_noise_beyond_three_per_cent_is_the_first_line(tmp_path, again, noisy):
         assert f"{again:.2f} (9M, bf16, 8)" in page[2]
     assert "| 9M | bf16 | 8 | 100 |" in table.to_markdown()
     assert "0.90 (0.80 to 0.95)" in table.to_markdown(), "losses are printed like wins"
-    assert "hook >= 1.10: missed; stock again >= 0.50: met" in table.to_markdown()
+    assert f"hook 0.900 >= 1.10: missed; stock again {again:.3f} >= 0.50: met" in table.to_markdown()
     assert "2026-01-02, commit 0123456, load 0.5 to 1.0, a quick run" in table.note
 
 
