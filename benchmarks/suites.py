@@ -49,6 +49,8 @@ class Suite:
     """Which of their cases, as pytest's -k; all by default."""
     few: str = ""
     """The same for a quick run."""
+    brief: bool = True
+    """Whether a quick run of everything has it; each process takes seconds to import torch."""
     module: str = ""
     """Instead of tests, a module that is run with ``arguments``."""
     arguments: tuple[str, ...] = ()
@@ -109,7 +111,7 @@ SUITES = {
             "ops",
             "the fused op",
             ("test_ops.py",),
-            few="1-2048-1 or 64-2048-4 or 2048-bf16 or norm-1-",
+            few="bf16 and (1-2048-1 or 64-2048-4 or 2048- and norm or compile and 64)",
             missing=_no_kernels,
         ),
         Suite("attach", "attach, detach, memory", ("test_attach.py",)),
@@ -117,16 +119,23 @@ SUITES = {
         Suite("decode", "decoding", ("test_decode.py",), few="9M-fp32-1]", missing=_no_kernels),
         Suite("prefill", "prefill", ("test_prefill.py",), few="9M-64", missing=_no_kernels),
         Suite("controller", "a controller's cost", ("test_controller.py",), few="34M"),
-        Suite("extraction", "reading states", ("test_extraction.py",), few="9M"),
+        Suite("extraction", "reading states", ("test_extraction.py",), few="9M", brief=False),
         Suite("serving", "continuous batching", ("test_serving.py",), few="9M"),
         Suite("vllm", "a vLLM engine", ("test_vllm.py",), missing=_no_vllm),
-        Suite("scaling", "scaling, roofline", ("test_scaling.py",), few="bf16 or layers", missing=_no_kernels),
+        Suite(
+            "scaling",
+            "scaling, roofline",
+            ("test_scaling.py",),
+            few="bf16 and (rows or roofline) or layers",
+            missing=_no_kernels,
+        ),
         Suite(
             "malloc",
             "eager baselines with tuned malloc",
             ("test_ops.py::test_against_eager_hook_and_norm", "test_prefill.py"),
             "2048-2048 or 9M-512 or 9M-1024 or 34M-256",
             "2048-2048-1-fp32 or 9M-512-fp32",
+            brief=False,
             environment=TUNED_MALLOC,
             missing=_no_kernels,
         ),

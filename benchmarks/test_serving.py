@@ -23,7 +23,7 @@ pytest.importorskip("transformers", minversion="5.17")
 from transformers import ContinuousBatchingConfig
 
 GOAL = 0.98
-REQUESTS, TOKENS, ROUNDS = 16, 6 if effort.quick() else 24, 9
+REQUESTS, TOKENS, ROUNDS = 16, 4 if effort.quick() else 24, 9
 GENERATION = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
 CONFIG = ContinuousBatchingConfig(page_size=32, max_batch_tokens=256, num_blocks=128)
 
