@@ -111,7 +111,7 @@ SUITES = {
             "ops",
             "the fused op",
             ("test_ops.py",),
-            few="bf16 and (1-2048-1 or 64-2048-4 or 2048- and norm or compile and 64)",
+            few="bf16 and (1-2048-1 or 64-2048-4 or 2048-bf16) and not compile",
             missing=_no_kernels,
         ),
         Suite("attach", "attach, detach, memory", ("test_attach.py",)),
@@ -126,7 +126,7 @@ SUITES = {
             "scaling",
             "scaling, roofline",
             ("test_scaling.py",),
-            few="bf16 and (rows or roofline) or layers",
+            few="bf16 and (rows or directions or roofline)",
             missing=_no_kernels,
         ),
         Suite(
