@@ -118,9 +118,9 @@ SUITES = {
         Suite("swap", "row maps, changes of plans", ("test_swap.py",), few="8-256 or swap-0"),
         Suite("decode", "decoding", ("test_decode.py",), few="9M-fp32-1]", missing=_no_kernels),
         Suite("prefill", "prefill", ("test_prefill.py",), few="9M-64", missing=_no_kernels),
-        Suite("controller", "a controller's cost", ("test_controller.py",), few="34M"),
+        Suite("controller", "a controller's cost", ("test_controller.py",), few="34M", brief=False),
         Suite("extraction", "reading states", ("test_extraction.py",), few="9M", brief=False),
-        Suite("serving", "continuous batching", ("test_serving.py",), few="9M"),
+        Suite("serving", "continuous batching", ("test_serving.py",), few="9M", brief=False),
         Suite("vllm", "a vLLM engine", ("test_vllm.py",), missing=_no_vllm),
         Suite(
             "scaling",
