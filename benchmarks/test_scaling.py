@@ -110,9 +110,9 @@ def test_roofline(benchmark: Any, n: int, dtype: torch.dtype) -> None:
         points.append({"k": k, "bytes": traffic, "operations": 4 * n * WIDTH * (k + 1)})
     source = torch.randn(3 * n * WIDTH // 2).to(dtype)
     target, square = torch.empty_like(source), torch.randn(512, 512)
-    runs |= {"copy": lambda: target.copy_(source), "copy again": lambda: target.copy_(source)}
-    runs["product"] = lambda: square @ square
+    runs |= {"copy": lambda: target.copy_(source), "product": lambda: square @ square}
     groups = {name: Group.of(run) for name, run in runs.items()}
+    groups["copy again"] = groups["copy"]
     timings = interleave([Contender(*pair) for pair in groups.items()], rounds=effort.rounds(40))
     seconds = {name: timings.time(name).median / group.repeats for name, group in groups.items()}
     for point in points:
@@ -196,10 +196,12 @@ class Group:
     @staticmethod
     def of(run: Run) -> Group:
         """As many runs as take about :data:`GROUP` seconds, at least one."""
-        run()
-        start = time.perf_counter()
-        run()
-        return Group(run, max(1, int(GROUP / (time.perf_counter() - start))))
+        taken = []
+        for _ in range(5):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+        return Group(run, max(1, int(GROUP / min(taken))))
 
 
 def curve(
@@ -217,6 +219,7 @@ def curve(
     made = {(name, size): side(size) for name, side in sides.items() for size in sizes}
     made["again", sizes[0]] = made[next(iter(sides)), sizes[0]]
     groups = {key: Group.of(contender.run) for key, contender in made.items()}
+    groups["again", sizes[0]] = groups[next(iter(sides)), sizes[0]]
     contenders = [Contender(f"{name} {size}", groups[name, size], made[name, size].setting) for name, size in made]
     timings = interleave(contenders, rounds=effort.rounds(rounds), warmup=1)
     first = f"{next(iter(sides))} {sizes[0]}"
