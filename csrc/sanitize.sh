@@ -7,7 +7,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 mkdir "$copy/tests"
-cp -r "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$root/steerkern" "$copy"
+cp -r "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$root/README.md" "$root/steerkern" "$copy"
 cp -r "$root/tests/ops" "$copy/tests"
 cp -r "$root/benchmarks" "$copy" # one test reads the compiled kernels with it
 rm -f "$copy"/steerkern/_C*.so
