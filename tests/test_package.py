@@ -67,6 +67,6 @@ def test_the_equivalent_of_the_readme_is_the_reference() -> None:
 
 
 def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
-    from benchmarks import tables
+    from benchmarks import readme
 
-    assert tables.text() in README
+    assert readme.text() in README
